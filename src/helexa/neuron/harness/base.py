@@ -1,0 +1,120 @@
+"""The protocol between the daemon and its engines. What an engine is, the daemon never asks.
+
+A Harness looks at a model on disk and says what it would take; in the host process its `serve` runs the engine; in
+the daemon a Session mends, per request, what that engine does not answer rightly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from helexa.core.errors import HelexaError
+from helexa.core.lifecycle import Estimate, LoadRequest
+from helexa.core.relay.contract import Exchange, Mend
+from helexa.core.relay.upstream import Upstream
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model resolved to what is on disk. `files` are all parts, the first one first."""
+
+    model_id: str
+    files: tuple[Path, ...]
+    projector: Path | None = None
+    draft: Path | None = None
+    lora: tuple[Path, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(f.stat().st_size for f in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the file's header says."""
+
+    architecture: str
+    task: str  # chat | completion | embed | rerank
+    n_ctx_train: int
+    n_params: int
+    size_bytes: int
+    quant: str | None
+    capabilities: tuple[str, ...]
+    extra: dict[str, Any] = field(default_factory=dict)  # the harness's own (layers, heads, template)
+
+
+@dataclass(frozen=True, slots=True)
+class FreeDevice:
+    """A device as a load may use it now. free_mb is what may still be taken, limits and reservations counted."""
+
+    index: int
+    kind: str
+    name: str
+    free_mb: int
+    total_mb: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A profile made concrete: nothing is left to the engine's own defaults that we promise."""
+
+    request: LoadRequest
+    files: ModelFiles
+    facts: ModelFacts
+    estimate: Estimate
+    context: int
+    slots: int
+    device_indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request as the engine gets it. body None: as it came."""
+
+    body: bytes | None = None
+    mend: Mend | None = None
+    first_event: bool = False
+
+
+class Session(Protocol):
+    """One loaded model, seen from the daemon. Pure but for `count_tokens`."""
+
+    def prepare(self, exchange: Exchange) -> Prepared:
+        """HOT. Raises HelexaError for what this model cannot do (wrong task, modality, a field's bad value)."""
+
+    def refusal(self, exchange: Exchange, status: int, body: bytes) -> HelexaError | None:
+        """The engine's own error in our taxonomy; None forwards it."""
+
+    async def count_tokens(self, body: bytes, engine: Upstream) -> int:
+        """Prompt tokens of a chat body, rendered as the request itself would be."""
+
+
+class Harness(Protocol):
+    name: str
+
+    def engine_version(self) -> str | None:
+        """Version of the engine, None where it is not installed."""
+
+    def why_not(self) -> str | None:
+        """Why this harness cannot run here, with the way out (pip install ...); None if it can."""
+
+    def can_serve(self, files: ModelFiles) -> bool: ...
+
+    def inspect(self, files: ModelFiles, request: LoadRequest) -> ModelFacts:
+        """Read headers only. Raises NeverLoads where a file is absent, truncated, or lies."""
+
+    def plan(self, request: LoadRequest, files: ModelFiles, facts: ModelFacts, devices: Sequence[FreeDevice]) -> Plan:
+        """Context, slots, devices and estimate. Does not raise for what does not fit: estimate.why says so.
+        Raises BadRequest for an impossible option, naming it."""
+
+    def host_spec(self, plan: Plan, socket: Path, api_key: str) -> dict[str, Any]:
+        """JSON-able orders for `serve`, which runs in another process."""
+
+    def serve(self, spec: dict[str, Any], progress: Callable[[float], None]) -> Any:
+        """In the host process: load the model and answer HTTP on the socket. Blocks while loading; the returned
+        object keeps the engine alive, and its `close()` ends it. Raises RuntimeError with a reason."""
+
+    def session(self, plan: Plan) -> Session: ...
