@@ -16,7 +16,7 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """A table of a settings file."""
 
 
-class Gateway(Section):
+class Gateway(Section, frozen=True):
     listen: str = "127.0.0.1:31313"
     metrics_listen: str = "127.0.0.1:31314"
     metrics_on_api: bool = False  # /metrics on the API port as well
@@ -25,7 +25,7 @@ class Gateway(Section):
     cors_origins: list[str] = []
 
 
-class Timeouts(Section):
+class Timeouts(Section, frozen=True):
     """Seconds. Of a client: head_s, body_min_rate (bytes/s, after 10 s), idle_s. Of a node: the rest."""
 
     head_s: float = 10
@@ -36,32 +36,32 @@ class Timeouts(Section):
     stall_s: float = 120
 
 
-class Limits(Section):
+class Limits(Section, frozen=True):
     connections: int = 20_000
     connections_per_address: int = 4_096
 
 
-class Poll(Section):
+class Poll(Section, frozen=True):
     interval_s: float = 2
 
 
-class Loading(Section):
+class Loading(Section, frozen=True):
     wait_s: float = 600
     queue: int = 256  # waiting requests per model
 
 
-class Eviction(Section):
+class Eviction(Section, frozen=True):
     strategy: Literal["lru", "priority", "adaptive"] = "adaptive"
     defrag_after_cycles: int = 50
 
 
-class NeuronEntry(Section):
+class NeuronEntry(Section, frozen=True):
     name: str
     endpoint: str
     token: str | None = None
 
 
-class CortexSettings(Section):
+class CortexSettings(Section, frozen=True):
     gateway: Gateway = Gateway()
     eviction: Eviction = Eviction()
     timeouts: Timeouts = Timeouts()
@@ -72,7 +72,7 @@ class CortexSettings(Section):
     drain_s: float = 30
 
 
-class NeuronSettings(Section):
+class NeuronSettings(Section, frozen=True):
     host: str = "127.0.0.1"
     port: int = 13131
     models_dir: str | None = None
