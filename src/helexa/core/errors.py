@@ -217,7 +217,10 @@ class Overloaded(Transient):
 
 
 class ModelLoading(Transient):
-    """Wanted, not ready yet; never for a model that cannot fit. details: loading {state, node, progress, eta_seconds}."""
+    """Wanted, not ready yet; never for a model that cannot fit.
+
+    details: loading {state, node, progress, eta_seconds}.
+    """
 
     code = "model_loading"
 

@@ -39,14 +39,12 @@ NEXT: Final[dict[ModelStatus, frozenset[ModelStatus]]] = {
 }
 
 
-class LoadRequest(msgspec.Struct, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
-    """A whole serving profile: what models.toml says, and nothing that the neuron would add.
+class ServingProfile(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
+    """How a model is served. The same words in models.toml, in a load request and in `default_models`.
 
     context is tokens one request may have; the engine's own context is slots x context unless kv_unified.
     """
 
-    model_id: str = ""
-    model: str | None = None  # taken for model_id
     source: str | None = None  # a file, a folder, "owner/repo" or "owner/repo:QUANT"
     harness: str | None = None
     quant: str | None = None
@@ -72,6 +70,13 @@ class LoadRequest(msgspec.Struct, omit_defaults=True, kw_only=True, forbid_unkno
     min_device_vram_mb: int | None = None
     limits: dict[str, Any] | None = None
     capabilities: list[str] | None = None
+
+
+class LoadRequest(ServingProfile, frozen=True):
+    """A whole serving profile, as a node is asked for it: the neuron adds nothing to it but its own limits."""
+
+    model_id: str = ""
+    model: str | None = None  # taken for model_id
 
     @property
     def id(self) -> str:
