@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import xxhash
@@ -39,6 +39,12 @@ NEXT: Final[dict[ModelStatus, frozenset[ModelStatus]]] = {
 }
 
 
+# Bounds are checked wherever a profile is decoded: in models.toml, in `default_models`, and in a request's body.
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+NotNegative = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+
+
 class ServingProfile(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):
     """How a model is served. The same words in models.toml, in a load request and in `default_models`.
 
@@ -49,25 +55,25 @@ class ServingProfile(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     harness: str | None = None
     quant: str | None = None
     task: str | None = None  # chat | embed | rerank
-    context: int | None = None
-    slots: int | None = None
-    tensor_parallel: int | None = None
-    shares: list[float] | None = None
-    devices: list[int] | None = None
+    context: AtLeastOne | None = None
+    slots: AtLeastOne | None = None
+    tensor_parallel: AtLeastOne | None = None
+    shares: list[Share] | None = None
+    devices: list[NotNegative] | None = None
     kv_cache: str | None = None  # f16 | q8_0 | q4_0 ...
     kv_unified: bool | None = None
-    gpu_layers: int | None = None
-    threads: int | None = None
-    batch: int | None = None
+    gpu_layers: NotNegative | None = None
+    threads: AtLeastOne | None = None
+    batch: AtLeastOne | None = None
     flash_attention: bool | None = None
-    prompt_cache_mb: int | None = None  # host memory for prompts that left their slot
+    prompt_cache_mb: NotNegative | None = None  # host memory for prompts that left their slot
     chat_template: str | None = None  # Jinja text, in place of the model's own
     draft: str | None = None  # a smaller model for speculative decoding: file or reference
     projector: str | None = None  # mmproj file, for images
     lora: list[str] | None = None
-    vram_mb: int | None = None
-    min_devices: int | None = None
-    min_device_vram_mb: int | None = None
+    vram_mb: AtLeastOne | None = None
+    min_devices: AtLeastOne | None = None
+    min_device_vram_mb: AtLeastOne | None = None
     limits: dict[str, Any] | None = None
     capabilities: list[str] | None = None
 
