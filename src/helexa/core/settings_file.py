@@ -131,6 +131,20 @@ def _walk(
             yield Fault((*at, field.name), f"is missing; it must be {describe(field.type)}")
 
 
+def _moved(schema: type[msgspec.Struct], fault: Fault) -> Fault:
+    """A known key in the wrong table is told its right one: `listen` at the top is `[gateway] listen`."""
+    if not fault.reason.startswith(_UNKNOWN):
+        return fault
+    name = str(fault.key[-1])
+    for field in _fields(schema):
+        section = struct_of(field.type)
+        if section is not None and field.name != fault.key[0] and name in section.__struct_fields__:
+            return Fault(fault.key, _UNKNOWN, f"[{field.name}] {name}")
+    if len(fault.key) > 1 and name in schema.__struct_fields__:
+        return Fault(fault.key, f"{_UNKNOWN} here; it stands above the first table")
+    return fault
+
+
 def _check(type_: Any, value: Any, key: Key, legacy: Callable[[Key], bool], dropped: list[Key]) -> Iterable[Fault]:
     if (struct := struct_of(type_)) is not None:
         if isinstance(value, dict):
