@@ -1,0 +1,446 @@
+"""The fleet as this gateway knows it: the nodes, what they hold, and which of it can be asked.
+
+One owner: whatever changes the view is a method here, called on the loop, none of them blocks; readers get live
+objects and do not write to them (but for `Replica.begin` and `end`). What a node says comes from the poller (`saw_*`),
+what a request met from the relay (`request_*`), what the gateway did itself from the loader (`mark`): a fact changes
+at once with the action that changed it, not with the next poll.
+
+A node is asked at its configured endpoint, whatever it may say about itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
+
+import msgspec
+
+from helexa import __version__
+from helexa.core.catalogue import Catalogue, ModelProfile
+from helexa.core.config import CortexSettings, NeuronEntry
+from helexa.core.discovery import DeviceHealth, Discovery, NodeHealth
+from helexa.core.errors import ModelNotFound, NoNode, nearest
+from helexa.core.lifecycle import ModelInfo, ModelStatus
+from helexa.core.relay.upstream import Upstream
+from helexa.cortex.listing import Holding, entry, status_rank
+from helexa.cortex.names import Names
+
+NodeState = Literal["up", "suspect", "down", "draining"]
+
+MISSES_UNTIL_DOWN: Final = 2
+NAME_SHOWN: Final = 200  # characters of an unknown name that an error repeats, and that are compared
+
+
+class Replica:
+    """One model loaded on one node. Lives as long as the node lists the model, so that counts outlast a reload.
+
+    model_id is the gateway's; the node's own name for it, which a request must bear, is `info.id`.
+    """
+
+    __slots__ = ("inflight", "info", "last_used", "model_id", "node")
+
+    def __init__(self, node: Node, model_id: str, info: ModelInfo) -> None:
+        self.node = node
+        self.model_id = model_id
+        self.info = info
+        self.inflight = 0
+        self.last_used = 0.0  # monotonic; 0.0: not yet by us
+
+    def begin(self, now: float) -> None:
+        """HOT. A request goes there."""
+        self.inflight += 1
+        self.last_used = now
+
+    def end(self, now: float) -> None:
+        """HOT. It is over: a long stream was no idle time."""
+        self.inflight -= 1
+        self.last_used = now
+
+
+class Node:
+    """One neuron. models: by the gateway's ids, the nearest to an answer where two listings are one file."""
+
+    __slots__ = (
+        "by_name",
+        "discovery",
+        "endpoint",
+        "filed",
+        "health",
+        "is_draining",
+        "last_error",
+        "misses",
+        "models",
+        "name",
+        "replicas",
+        "requests_failed",
+        "since",
+        "state",
+        "touched",
+        "upstream",
+        "version",
+    )
+
+    def __init__(self, entry: NeuronEntry, upstream: Upstream, since: float) -> None:
+        self.name = entry.name
+        self.endpoint = entry.endpoint
+        self.upstream = upstream
+        self.state: NodeState = "down"
+        self.since = since  # wall clock
+        self.last_error: str | None = "not asked yet"
+        self.misses = MISSES_UNTIL_DOWN
+        self.requests_failed = False
+        self.is_draining = False
+        self.discovery: Discovery | None = None
+        self.health: NodeHealth | None = None
+        self.version: dict[str, Any] | None = None
+        self.models: dict[str, ModelInfo] = {}
+        self.replicas: dict[str, Replica] = {}
+        self.by_name: dict[str, dict[str, ModelInfo]] = {}  # gateway's id -> node's id -> what the node said
+        self.filed: dict[str, str] = {}  # node's id -> gateway's id
+        self.touched: dict[str, float] = {}  # node's id -> monotonic time of the last event or action
+
+    @property
+    def free_mb(self) -> int | None:
+        """Memory that devices without a fault have free; None where nothing is known."""
+        known = [d.vram_free_mb for d in (self.health.devices if self.health else []) if d.vram_free_mb is not None]
+        return sum(known) if known else None
+
+    def holding(self, model_id: str) -> Holding:
+        return Holding(self.name, self.state, self.models[model_id])
+
+
+class Fleet:
+    """on_change: called after a change with the model's id, or None for a node's own; must not raise.
+    on_doubt: called when a request failed at a node that was up, so that it is asked at once."""
+
+    def __init__(
+        self, settings: CortexSettings, catalogue: Catalogue, *, wall: Callable[[], float] = time.time
+    ) -> None:
+        self._wall = wall
+        self._created = int(wall())
+        self._names = Names(catalogue)
+        self.nodes: dict[str, Node] = {n.name: Node(n, _upstream(n, settings), wall()) for n in settings.neurons}
+        self.on_change: list[Callable[[str | None], None]] = []
+        self.on_doubt: list[Callable[[Node], None]] = []
+        self._replicas: dict[str, list[Replica]] = {}
+        self._where: dict[str, dict[str, Node]] = {}  # model id -> the nodes that list it, by name
+        self._renamed: dict[str, str] = {}  # a node's name for a file -> the catalogue's id, where they differ
+        self._entry: dict[str, dict[str, Any]] = {}
+        self._entries: list[dict[str, Any]] | None = None
+
+    # asking
+
+    @property
+    def profiles(self) -> dict[str, ModelProfile]:
+        """The catalogue by id."""
+        return self._names.profiles
+
+    def resolve(self, name: str) -> str:
+        """HOT. The id that a request's `model` means. Raises ModelNotFound with the nearest names, and NoNode where
+        no node is alive that could say whether it knows the name."""
+        model_id = self._names.aliases.get(name, name)
+        if model_id in self._where or model_id in self._names.profiles:
+            return model_id
+        owner = self._renamed.get(model_id) or self._names.of_reference(model_id)
+        if owner is not None:
+            return owner
+        raise self._unknown(name, model_id)
+
+    def replicas(self, model_id: str) -> list[Replica]:
+        """HOT. The live list: loaded, on nodes that are up or suspect; the same object until nobody knows the model.
+        For an id that `resolve` gave; not to be changed."""
+        live = self._replicas.get(model_id)
+        return self._replicas.setdefault(model_id, []) if live is None else live
+
+    def holders(self, model_id: str) -> list[tuple[Node, ModelInfo | None]]:
+        """Nodes that could be asked to load it, with what they say about it: for a model of the catalogue those that
+        `pinned_on` allows (a node may fetch the file), else those that have the file."""
+        profile = self.profiles.get(model_id)
+        if profile is None:
+            nodes: Iterable[Node] = self._where.get(model_id, {}).values()
+        else:
+            nodes = [n for n in self.nodes.values() if not profile.pinned_on or n.name in profile.pinned_on]
+        return [(node, node.models.get(model_id)) for node in nodes if node.state in ("up", "suspect")]
+
+    def where(self, model_id: str) -> list[Node]:
+        """Every node that lists the model, down ones too."""
+        return list(self._where.get(model_id, {}).values())
+
+    @property
+    def is_alive(self) -> bool:
+        return any(node.state != "down" for node in self.nodes.values())
+
+    @property
+    def inflight(self) -> int:
+        return sum(replica.inflight for node in self.nodes.values() for replica in node.replicas.values())
+
+    def entries(self) -> list[dict[str, Any]]:
+        """GET /v1/models: the catalogue in its own order, then what else is on disks. Kept until something changes."""
+        if self._entries is None:
+            others = sorted(self._where.keys() - self.profiles.keys())
+            self._entries = [self.entry(model_id) for model_id in [*self.profiles, *others]]
+        return self._entries
+
+    def entry(self, model_id: str) -> dict[str, Any]:
+        """One of `entries`, for an id that `resolve` gave."""
+        made = self._entry.get(model_id)
+        if made is None:
+            made = self._entry[model_id] = entry(
+                model_id,
+                [node.holding(model_id) for node in self._where.get(model_id, {}).values()],
+                profile=self.profiles.get(model_id),
+                aliases=self._names.aliases_of(model_id),
+                created=self._created,
+            )
+        return made
+
+    def view(self) -> dict[str, Any]:
+        """GET /fleet."""
+        return {
+            "nodes": [_node_view(node) for node in self.nodes.values()],
+            "models": self.entries(),
+            "inflight": self.inflight,
+            "version": __version__,
+        }
+
+    # what the poller saw
+
+    def saw_poll(self, node: Node, *, models: Iterable[ModelInfo], health: NodeHealth, started: float) -> None:
+        """A whole answer to a poll that was sent at `started` (monotonic)."""
+        node.health = health
+        node.is_draining = health.status == "draining"
+        changed = self._replace_models(node, models, started)
+        node.misses, node.requests_failed, node.last_error = 0, False, None
+        self._settle(node, changed)
+
+    def saw_snapshot(self, node: Node, models: Iterable[ModelInfo], started: float) -> None:
+        """The first event of a stream that was asked for at `started`. A node's state is the polls' to decide."""
+        self._settle(node, self._replace_models(node, models, started))
+
+    def saw_model(self, node: Node, info: ModelInfo) -> None:
+        """A "model" event."""
+        node.touched[info.id] = time.monotonic()
+        self._settle(node, self._put(node, info))
+
+    def saw_device(self, node: Node, device: DeviceHealth) -> None:
+        """A "device" event."""
+        if node.health is not None:
+            others = [d for d in node.health.devices if d.index != device.index]
+            node.health.devices = sorted([*others, device], key=lambda d: d.index)
+            self._notify([None])
+
+    def saw_draining(self, node: Node) -> None:
+        """A "draining" event: it shuts down, and takes nothing new."""
+        node.is_draining = True
+        self._settle(node, set())
+
+    def saw_discovery(self, node: Node, discovery: Discovery | None, version: dict[str, Any] | None) -> None:
+        node.discovery, node.version = discovery, version
+        self._notify([None])
+
+    def saw_miss(self, node: Node, reason: str) -> None:
+        """A poll without a whole, sensible answer. Its models stay listed."""
+        node.misses += 1
+        node.last_error = reason
+        self._settle(node, set())
+
+    # what requests met, and what the gateway did
+
+    def request_failed(self, node: Node, reason: str = "a request failed there") -> None:
+        """A request found the node dead or stuck: used last until it has answered something."""
+        was_up = node.state == "up"
+        node.requests_failed = True
+        node.last_error = reason
+        self._settle(node, set())
+        if was_up:
+            for call in self.on_doubt:
+                call(node)
+
+    def request_succeeded(self, node: Node) -> None:
+        """HOT, once per request. An answer is an answer, though a poll failed."""
+        if node.state == "suspect":
+            node.misses, node.requests_failed, node.last_error = 0, False, None
+            self._settle(node, set())
+
+    def mark(
+        self, node: Node, name: str, status: ModelStatus, *, error: str | None = None, asked: float | None = None
+    ) -> None:
+        """What an action of ours did to the model that the node calls `name`. asked: when the action was sent; an
+        event that came since then knows better and stands."""
+        if asked is not None and node.touched.get(name, 0.0) > asked:
+            return
+        node.touched[name] = time.monotonic()
+        old = node.by_name.get(node.filed.get(name, ""), {}).get(name)
+        if old is None:
+            info = ModelInfo(id=name, status=status, error=error)
+        else:
+            info = msgspec.structs.replace(old, status=str(status), error=error, progress=None)
+        self._settle(node, self._put(node, info))
+
+    def close(self) -> None:
+        for node in self.nodes.values():
+            node.upstream.close()
+
+    # keeping the view
+
+    def _replace_models(self, node: Node, models: Iterable[ModelInfo], started: float) -> set[str]:
+        """A whole listing. What an event or an action of ours said after `started` is newer and stands."""
+        changed: set[str] = set()
+        newer = {name for name, at in node.touched.items() if at >= started}
+        seen = set(newer)
+        for info in models:
+            seen.add(info.id)
+            if info.id not in newer:
+                changed |= self._put(node, info)
+        for name in node.filed.keys() - seen:
+            node.touched.pop(name, None)
+            changed |= self._drop(node, name)
+        return changed
+
+    def _put(self, node: Node, info: ModelInfo) -> set[str]:
+        model_id = self._names.of(info)
+        changed: set[str] = set()
+        if node.filed.get(info.id, model_id) != model_id:  # its source, and so its id, is known only now
+            changed = self._drop(node, info.id)
+        listings = node.by_name.setdefault(model_id, {})
+        if listings.get(info.id) == info:
+            return changed
+        listings[info.id] = info
+        node.filed[info.id] = model_id
+        if info.id != model_id:
+            self._renamed[info.id] = model_id
+        self._refresh(node, model_id)
+        return changed | {model_id}
+
+    def _drop(self, node: Node, name: str) -> set[str]:
+        model_id = node.filed.pop(name)
+        listings = node.by_name[model_id]
+        del listings[name]
+        if not listings:
+            del node.by_name[model_id]
+        self._refresh(node, model_id)
+        return {model_id}
+
+    def _refresh(self, node: Node, model_id: str) -> None:
+        """node.models, the replica and the live list after the node's listings of one model changed."""
+        listings = node.by_name.get(model_id)
+        if listings:
+            info = max(listings.values(), key=lambda i: (status_rank(i.status), i.id == model_id))
+            node.models[model_id] = info
+            self._where.setdefault(model_id, {})[node.name] = node
+            replica = node.replicas.get(model_id)
+            if replica is not None:
+                replica.info = info
+            elif info.status == ModelStatus.LOADED:
+                node.replicas[model_id] = Replica(node, model_id, info)
+        else:
+            node.models.pop(model_id, None)
+            nodes = self._where.get(model_id, {})
+            nodes.pop(node.name, None)
+            if not nodes:
+                self._where.pop(model_id, None)
+        self._relink(node, model_id)
+
+    def _relink(self, node: Node, model_id: str) -> None:
+        replica = node.replicas.get(model_id)
+        if replica is None:
+            return
+        info = node.models.get(model_id)
+        live = self._replicas.setdefault(model_id, [])
+        routable = node.state in ("up", "suspect") and info is not None and info.status == ModelStatus.LOADED
+        if routable and replica not in live:
+            live.append(replica)
+        elif not routable and replica in live:
+            live.remove(replica)
+        if info is None and replica.inflight == 0:
+            del node.replicas[model_id]
+            if model_id not in self._where and model_id not in self.profiles:
+                del self._replicas[model_id]
+
+    def _settle(self, node: Node, changed: set[str]) -> None:
+        """The node's state from what is known, and the news of all that changed."""
+        state: NodeState = "up"
+        if node.misses >= MISSES_UNTIL_DOWN:
+            state = "down"
+        elif node.is_draining:
+            state = "draining"
+        elif node.misses or node.requests_failed:
+            state = "suspect"
+        news: list[str | None] = list(changed)
+        if state != node.state:
+            node.state, node.since = state, self._wall()
+            for model_id in list(node.replicas):
+                self._relink(node, model_id)
+            for model_id in node.models:
+                self._entry.pop(model_id, None)
+            news += [*(node.models.keys() - changed), None]
+        if news:
+            for model_id in changed:
+                self._entry.pop(model_id, None)
+            self._entries = None
+            self._notify(news)
+
+    def _notify(self, news: Iterable[str | None]) -> None:
+        for model_id in news:
+            for call in self.on_change:
+                call(model_id)
+
+    def _unknown(self, name: str, model_id: str) -> ModelNotFound | NoNode:
+        shown = name[:NAME_SHOWN]
+        if not self.is_alive:
+            return NoNode(
+                f"no node is alive, and the catalogue does not name a model {shown!r}: "
+                f"{self.why_no_node()} Check the nodes, or the name."
+            )
+        if model_id != name:
+            return ModelNotFound(
+                f"{shown!r} is an alias of {model_id!r}, which no node and no catalogue knows", param="model"
+            )
+        known = [*self._names.aliases, *self.profiles, *(self._where.keys() - self.profiles.keys())]
+        close = nearest(shown, known)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "GET /v1/models lists what there is."
+        return ModelNotFound(f"no model is called {shown!r}; {hint}", param="model")
+
+    def why_no_node(self) -> str:
+        """One sentence for an error: what is wrong with each node."""
+        if not self.nodes:
+            return "no node is configured ([[neurons]] in cortex.toml)."
+        return (
+            "; ".join(
+                f"{n.name} is {n.state} ({n.last_error or 'draining'})" for n in self.nodes.values() if n.state != "up"
+            )
+            + "."
+        )
+
+
+def _upstream(entry: NeuronEntry, settings: CortexSettings) -> Upstream:
+    headers = {"authorization": f"Bearer {entry.token}"} if entry.token else None
+    return Upstream(entry.name, entry.endpoint, headers=headers, connect_s=settings.timeouts.connect_s)
+
+
+def _node_view(node: Node) -> dict[str, Any]:
+    seen: dict[str, Any] = {
+        "name": node.name,
+        "endpoint": node.endpoint,
+        "state": node.state,
+        "since": rfc3339(node.since),
+        "discovery": node.discovery.to_wire() if node.discovery else None,
+        "health": msgspec.to_builtins(node.health) if node.health else None,
+        "version": node.version,
+        "models": list(_models_view(node)),
+    }
+    if node.last_error is not None:
+        seen["last_error"] = node.last_error
+    return {key: value for key, value in seen.items() if value is not None}
+
+
+def _models_view(node: Node) -> Iterator[dict[str, Any]]:
+    for model_id, info in node.models.items():
+        replica = node.replicas.get(model_id)
+        yield {**msgspec.to_builtins(info), "id": model_id, "inflight": replica.inflight if replica else 0}
+
+
+def rfc3339(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,57 @@
+"""Which model a name means. One file has one id: the catalogue's, where the catalogue names it, else the node's own.
+
+A node does not know the catalogue: it lists a file on its disk as "owner/repo:QUANT" or by its path, and the profile
+that names the same file has an id of its own. Here the two are found to be one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from helexa.core.catalogue import Catalogue, ModelProfile
+from helexa.core.lifecycle import ModelInfo
+
+
+class Names:
+    """The catalogue's ids, aliases and references. Fixed for one catalogue."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self.profiles: dict[str, ModelProfile] = {m.id: m for m in catalogue.models}
+        self.aliases: dict[str, str] = dict(catalogue.aliases)
+        self._aliases_of: dict[str, list[str]] = {}
+        for alias, target in catalogue.aliases.items():
+            self._aliases_of.setdefault(target, []).append(alias)
+        owners: dict[str, set[str]] = {}
+        for model in catalogue.models:
+            for reference in _references(model):
+                owners.setdefault(reference.lower(), set()).add(model.id)
+        # A file that two profiles serve differently is neither's: it keeps the node's own name.
+        self._owner = {ref: next(iter(ids)) for ref, ids in owners.items() if len(ids) == 1}
+
+    def aliases_of(self, model_id: str) -> list[str]:
+        return self._aliases_of.get(model_id, [])
+
+    def of_reference(self, name: str) -> str | None:
+        """The catalogue's id for what a node would call `name`; None where no profile, or more than one, names it."""
+        return self._owner.get(name.lower())
+
+    def of(self, info: ModelInfo) -> str:
+        """The gateway's id for what a node lists."""
+        if info.id in self.profiles:
+            return info.id
+        named = self.of_reference(info.id)
+        if named is None and info.source is not None and info.source.startswith("/"):
+            named = self.of_reference(info.source)
+        return named or info.id
+
+
+def _references(profile: ModelProfile) -> Iterator[str]:
+    """What a node may call the file of this profile (docs/reference/settings.md, "How a model is found")."""
+    source = profile.source
+    if source is not None:
+        yield source
+    if source is None or not source.startswith("/"):
+        base = source or profile.id
+        if profile.quant is not None and ":" not in base:
+            yield f"{base}:{profile.quant}"
+            yield f"{base}-GGUF:{profile.quant}"
