@@ -60,11 +60,17 @@ def get(name: str) -> BoundLogger:
     return BoundLogger({"logger": name})
 
 
+def writes_json() -> bool:
+    """What was chosen, else JSON unless stderr is a terminal; for those who write many lines at once themselves."""
+    chosen: bool | None = _chosen["json"]
+    return not sys.stderr.isatty() if chosen is None else chosen
+
+
 def _build() -> Any:
     import msgspec
     import structlog
 
-    as_json = _chosen["json"] if _chosen["json"] is not None else not sys.stderr.isatty()
+    as_json = writes_json()
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
     shared: list[Any] = [structlog.processors.add_log_level, stamp]
     if as_json:
