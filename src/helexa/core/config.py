@@ -99,9 +99,7 @@ class NeuronSettings(Section, frozen=True):
     port: Port = 13131
     models_dir: Text | None = None
     allowed_roots: list[Text] = []  # further folders that a remote caller's `source` may lie in
-    allowed_hosts: list[
-        Text
-    ] = []  # further names this node is called by; its addresses, hostname and local names need none
+    allowed_hosts: list[Text] = []  # public names this node is called by; addresses and local names need none
     isolation: Literal["process", "none"] = "process"
     memory_limit_mb: list[Annotated[int, Meta(ge=1, le=2**31 - 1)]] | None = None  # per device; left out: what it has
     allow_downloads: bool = True

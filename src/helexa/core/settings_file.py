@@ -84,12 +84,20 @@ def read(
     if dropped:
         names = ", ".join(f"`{show(key, tree)}`" for key in dropped)
         warn(f"{file}: {names} {'is' if len(dropped) == 1 else 'are'} not used by helexa; take the lines out")
+        for key in dropped:
+            _remove(key, tree)
     if not faults:
         settings = msgspec.convert(tree, schema)
         faults = list(rules(settings))
         if not faults:
             return settings
     raise ConfigError(_problem(fault, file, tree, from_env, prefix) for fault in faults)
+
+
+def _remove(key: Key, tree: Any) -> None:
+    for part in key[:-1]:
+        tree = tree[part]
+    del tree[key[-1]]
 
 
 def _parse(path: Path, file: str) -> dict[str, Any]:
@@ -113,15 +121,14 @@ def _parse(path: Path, file: str) -> dict[str, Any]:
 def _walk(
     schema: type[msgspec.Struct], table: dict[str, Any], at: Key, legacy: Callable[[Key], bool], dropped: list[Key]
 ) -> Iterable[Fault]:
-    """Check one table, take legacy keys out of it, and go on into the tables below."""
+    """Check one table, note its legacy keys, and go on into the tables below."""
     fields = {f.name: f for f in _fields(schema)}
-    for name in list(table):
+    for name in table:
         key = (*at, name)
         if name in fields:
             yield from _check(fields[name].type, table[name], key, legacy, dropped)
         elif legacy(key):
             dropped.append(key)
-            del table[name]
         else:
             near = nearest(name, list(fields), 1)
             known = "" if near else f"; known here: {', '.join(fields)}"
