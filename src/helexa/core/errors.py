@@ -153,6 +153,30 @@ class RequestTooLarge(HelexaError):
     anthropic_type = "request_too_large"
 
 
+class HeadTooLarge(HelexaError):
+    """A request's head over the limit of bytes or headers."""
+
+    status = anthropic_status = 431
+    type = anthropic_type = "invalid_request_error"
+    code = "head_too_large"
+
+
+class VersionNotSupported(HelexaError):
+    """HTTP/0.9, HTTP/2 without negotiation, or a 1.1 feature in 1.0."""
+
+    status = anthropic_status = 505
+    type = anthropic_type = "invalid_request_error"
+    code = "http_version_not_supported"
+
+
+class RequestTimeout(HelexaError):
+    """The client did not send its head or body in time."""
+
+    status = anthropic_status = 408
+    type = anthropic_type = "invalid_request_error"
+    code = "request_timeout"
+
+
 class UnsupportedMedia(HelexaError):
     """A compressed body, or not JSON."""
 

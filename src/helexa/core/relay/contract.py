@@ -59,6 +59,7 @@ class Exchange:
     model: str  # as the client named it
     stream: bool
     wants_usage: bool  # the client asked for a usage event itself
+    gateway_usage: bool  # the gateway asked for it (x-helexa-usage), whatever the client did
     request_id: str
     client: str  # peer address without port; "unix" for a Unix socket
     t_start: float
@@ -104,6 +105,7 @@ class Route:
     headers: bytes = b""  # further header lines for the upstream, each ending in CRLF
     mend: Mend | None = None
     first_event: bool = False  # see to it that a chat stream begins with a role delta
+    cut_usage: bool = False  # take the usage event out of a stream whose client did not ask for it
 
 
 class Director(Protocol):

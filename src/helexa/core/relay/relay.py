@@ -1,0 +1,632 @@
+"""One exchange from its request to its last byte: attempts, the held head, heartbeats, bytes through, and every end.
+
+The states of the answer, in order; what may still happen in each:
+
+    WAITING   no upstream yet (a load, a queue), or one that is being connected to     retry, heartbeat, error body
+    ASKED     the request went out; no head came                                       retry, heartbeat, error body
+    ERROR     the upstream answers >= 400: its body is collected                       retry, error body or event
+    STREAM    events; before the first one that is no comment nothing is committed     retry, heartbeat, error event
+    WHOLE     one piece, passed as it comes                                            error: the connection is cut
+    OVER      released and counted
+
+A stream is read carefully (event by event, framed anew) until its first token, where a read does not end with a whole
+event, and from the usage event on; in between, a read is passed as it came. Raw bytes are only ever passed from and to
+a point between chunks and between events, so that what we frame ourselves can never fall inside a chunk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import Awaitable
+from enum import Enum
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import httptools
+import msgspec
+import structlog
+
+from helexa.core import sse
+from helexa.core.errors import Dialect, HelexaError, Transient, UpstreamError, UpstreamTimeout, render_event
+from helexa.core.relay import scan, wire
+from helexa.core.relay.contract import Exchange, Route
+from helexa.core.relay.upstream import Connection, UpstreamClosed
+
+if TYPE_CHECKING:
+    from helexa.core.relay.server import ClientConnection
+
+MAX_ATTEMPTS: Final = 3  # the first and two other replicas
+MAX_ERROR_BODY: Final = 256 << 10
+HEARTBEAT_AFTER_S: Final = 1.0
+
+_BLANK_LINE: Final = re.compile(rb"\r?\n\r?\n")
+_PING: Final = b'event: ping\ndata: {"type": "ping"}\n\n'
+_log = structlog.get_logger("relay")
+
+
+class Phase(Enum):
+    WAITING = "waiting"
+    ASKED = "asked"
+    ERROR = "error"
+    STREAM = "stream"
+    WHOLE = "whole"
+    OVER = "over"
+
+
+class Pair:
+    """A client's exchange and the upstream connection that works for it, if any. Owner of that connection.
+
+    fast:       reads are passed as they came
+    committed:  the client saw something of an answer; no other attempt may follow
+    """
+
+    __slots__ = (
+        "_again",
+        "_body",
+        "_buffer",
+        "_chunked",
+        "_cut",
+        "_extra",
+        "_first_event",
+        "_held_head",
+        "_mend",
+        "_paused_since",
+        "_raw_ok",
+        "_reads_seen",
+        "_t_read",
+        "_tail",
+        "_task",
+        "_wrote",
+        "attempts",
+        "client",
+        "committed",
+        "connection",
+        "director",
+        "exchange",
+        "fast",
+        "head_sent",
+        "phase",
+        "route",
+        "write",
+    )
+
+    def __init__(self, client: ClientConnection, exchange: Exchange, extra: bytes) -> None:
+        self.client = client
+        self.exchange = exchange
+        self.director = client.server.relay_director
+        self.write = client.write
+        self.route: Route | None = None
+        self.connection: Connection | None = None
+        self.phase = Phase.WAITING
+        self.attempts = 0
+        self.committed = self.head_sent = self.fast = False
+        self._extra = extra  # header lines of the client's that go upstream
+        self._task: asyncio.Task[None] | None = None
+        self._again = False  # the silent retry on the same upstream is spent
+        self._chunked = client.http11
+        self._wrote = False
+        self._paused_since = 0.0
+        self._reads_seen = -1
+        self._t_read = 0.0
+        self._fresh()
+
+    def _fresh(self) -> None:
+        """Nothing is known of an answer."""
+        self.fast = False
+        self._body: list[bytes] = []
+        self._buffer = b""
+        self._held_head = b""
+        self._tail: deque[bytes] = deque(maxlen=8)
+        self._cut = self._first_event = self._raw_ok = False
+        self._mend: Any = None
+
+    # attempts
+
+    def attempt(self) -> None:
+        """Ask the director where to go, and go."""
+        self.phase = Phase.WAITING
+        self.attempts += 1
+        try:
+            chosen = self.director.route(self.exchange)
+        except HelexaError as error:
+            self.fail(error)
+            return
+        if isinstance(chosen, Route):
+            self._use(chosen)
+        else:
+            self._task = asyncio.get_running_loop().create_task(self._wait(chosen))
+
+    async def _wait(self, chosen: Awaitable[Route]) -> None:
+        try:
+            route = await chosen
+        except HelexaError as error:
+            self._task = None
+            self.fail(error)
+        except Exception as err:
+            self._task = None
+            _log.exception("route failed", request_id=self.exchange.request_id, model=self.exchange.model)
+            self.fail(HelexaError(f"The gateway failed while it waited for {self.exchange.model}: {err!r}"))
+        else:
+            self._task = None
+            self._use(route)
+
+    def _use(self, route: Route) -> None:
+        self.route = route
+        self.exchange.node = route.upstream.name
+        if self.phase is Phase.OVER:  # the client left in the very moment that the route came
+            self._release()
+            return
+        connection = route.upstream.try_take()
+        if connection is not None:
+            self._ask(connection)
+        else:
+            self._task = asyncio.get_running_loop().create_task(self._connect(route))
+
+    async def _connect(self, route: Route) -> None:
+        upstream = route.upstream
+        try:
+            connection = await upstream.open()
+        except TimeoutError:
+            self._task = None
+            self._attempt_failed(
+                UpstreamTimeout(f"{upstream.name} did not accept a connection in {upstream.connect_s:g} s")
+            )
+        except OSError as err:
+            self._task = None
+            reason = err.strerror or str(err) or type(err).__name__
+            self._attempt_failed(UpstreamError(f"{upstream.name} cannot be reached: {reason}"))
+        else:
+            self._task = None
+            if self.phase is Phase.OVER:
+                connection.abort()
+            else:
+                self._ask(connection)
+
+    def _ask(self, connection: Connection) -> None:
+        """HOT, once per request: one write."""
+        route = cast("Route", self.route)
+        exchange = self.exchange
+        body = exchange.body if route.body is None else route.body
+        self.connection = connection
+        connection.owner = self
+        self.phase = Phase.ASKED
+        self._t_read = 0.0
+        connection.transport.write(
+            b"".join(
+                (
+                    route.upstream.head_for(exchange.endpoint.upstream_path),
+                    b"%d\r\n" % len(body),
+                    route.headers,
+                    self._extra,
+                    b"\r\n",
+                    body,
+                )
+            )
+        )
+
+    # the upstream's bytes
+
+    def read(self, data: bytes) -> None:
+        # HOT, once per read: one write; no task, timer, clock, JSON or log line. Bench: bench/gateway.
+        connection = self.connection
+        if connection is None:
+            return
+        if not self.fast:
+            self._read_slow(connection, data)
+            return
+        self.exchange.reads += 1
+        try:
+            connection.parser.feed_data(data)
+        except httptools.HttpParserError as err:
+            self._broken(connection, err)
+            return
+        parts = connection.parts
+        part = parts[0] if len(parts) == 1 else b"".join(parts)
+        parts.clear()
+        if not connection.in_chunk and (
+            part.endswith(b"\n\n") and not (self._cut and b'"usage":' in part) if part else connection.complete
+        ):
+            self.write(data)
+            self._tail.append(part)
+            if connection.complete:
+                self._finish(raw_end=True)
+        else:
+            self.fast = False
+            self._events(connection, part)
+
+    def _read_slow(self, connection: Connection, data: bytes) -> None:
+        """Heads, errors, answers in one piece, and streams that are read event by event."""
+        exchange = self.exchange
+        exchange.reads += 1
+        had_head = connection.headers_done
+        try:
+            connection.feed(data)
+        except (httptools.HttpParserError, UpstreamClosed) as err:
+            self._broken(connection, err)
+            return
+        if not connection.headers_done:
+            return
+        if not had_head:
+            data = connection.rest
+            self._begin_answer(connection)
+        parts = connection.parts
+        part = parts[0] if len(parts) == 1 else b"".join(parts)
+        parts.clear()
+        if part and not exchange.t_first_byte:
+            exchange.t_first_byte = monotonic()
+        if self.phase is Phase.STREAM:
+            self._events(connection, part)
+        elif self.phase is Phase.WHOLE:
+            self._whole(connection, data, part)
+        elif self.phase is Phase.ERROR:
+            self._body.append(part)
+            if connection.complete or sum(map(len, self._body)) > MAX_ERROR_BODY:
+                self._upstream_refused(connection)
+
+    def _begin_answer(self, connection: Connection) -> None:
+        """The head is complete: which kind of answer is it?"""
+        route = cast("Route", self.route)
+        status = connection.status
+        self._mend = route.mend
+        lower = connection.head.lower()
+        if status >= 400:
+            self.phase = Phase.ERROR
+        elif self.exchange.stream and b"\r\ncontent-type: text/event-stream" in lower:
+            self.phase = Phase.STREAM
+            self._cut = route.cut_usage and not self.exchange.wants_usage
+            self._first_event = route.first_event
+            self._raw_ok = self._chunked and self._mend is None and b"\r\ntransfer-encoding:" in lower
+            self._held_head = wire.status_line(status) + wire.passed_back(connection.head)
+        elif self.head_sent:
+            connection.abort()
+            self._attempt_failed(UpstreamError(f"{route.upstream.name} answered a stream request with no stream"))
+        else:
+            self.phase = Phase.WHOLE
+            self._held_head = wire.status_line(status) + wire.passed_back(connection.head)
+            length = wire.value_of(connection.head, lower, b"content-length:")
+            self._raw_ok = self._mend is None and (length is not None or self._chunked) and connection.framed
+            if self._raw_ok and length is not None:
+                self._held_head += b"content-length: " + length + b"\r\n"
+            elif self._raw_ok:
+                self._held_head += b"transfer-encoding: chunked\r\n"
+
+    # an answer in one piece
+
+    def _whole(self, connection: Connection, data: bytes, part: bytes) -> None:
+        if not self._raw_ok:  # mended, or for a client that cannot read chunks: collected, sent with its length
+            self._body.append(part)
+            if connection.complete:
+                self._send_collected()
+                self._finish(raw_end=True)
+            return
+        self._tail.append(part)
+        if not self.head_sent:
+            if not data and not connection.complete:
+                return
+            self._send_head(self._held_head, data)
+        elif data:
+            self.write(data)
+        self.committed = True
+        if connection.complete:
+            self._finish(raw_end=True)
+
+    def _send_collected(self) -> None:
+        body = b"".join(self._body)
+        if self._mend is not None:
+            body = self._mend.feed(body) + self._mend.finish()
+        self._tail.append(body)
+        self._send_head(self._held_head + b"content-length: %d\r\n" % len(body), body)
+        self.committed = True
+
+    # a stream, event by event
+
+    def _events(self, connection: Connection, part: bytes) -> None:
+        if self._mend is not None:
+            part = self._mend.feed(part)
+            if connection.complete:
+                part += self._mend.finish()
+        self._buffer += part
+        out: list[bytes] = []
+        while (blank := _BLANK_LINE.search(self._buffer)) is not None:
+            block, self._buffer = self._buffer[: blank.end()], self._buffer[blank.end() :]
+            if not self._take(block, out):
+                return  # the attempt is over
+        if connection.complete and self._buffer:
+            out.append(self._buffer + b"\n\n")  # an engine that forgot its last blank line
+            self._buffer = b""
+        if out:
+            self._emit(b"".join(out))
+        if connection.complete:
+            self._finish(raw_end=False)
+        elif len(self._buffer) > sse.MAX_EVENT_BYTES:
+            connection.abort()
+            self._attempt_failed(
+                UpstreamError(f"{self.exchange.node} sent an event of over {sse.MAX_EVENT_BYTES} bytes")
+            )
+        else:
+            self.fast = (
+                self._raw_ok
+                and self.exchange.t_first_token > 0
+                and not self._buffer
+                and not connection.in_chunk
+                and self.exchange.usage is None
+            )
+
+    def _take(self, block: bytes, out: list[bytes]) -> bool:
+        """One event into `out`, or not. False: it ended the attempt."""
+        exchange = self.exchange
+        if scan.is_only_comment(block):
+            out.append(block)  # commits to nothing
+            return True
+        found = scan.chunk_of(block)
+        if found is not None:
+            if found.error is not None:
+                if not self.committed and self._retryable_event(found.error):
+                    return False
+                exchange.error = exchange.error or UpstreamError(f"{exchange.node} ended the stream with an error")
+            scan.note(exchange, found)
+            if not exchange.t_first_token and found.has_delta:
+                exchange.t_first_token = monotonic()
+            if self._first_event and found.choices:
+                self._first_event = False
+                if not found.has_role:
+                    out.append(_role_event(found))
+            if self._cut and found.is_usage_only:
+                return True
+        self.committed = True
+        out.append(block)
+        return True
+
+    def _retryable_event(self, raw: msgspec.Raw) -> bool:
+        """An upstream whose own head was out already can only say in an event that it failed."""
+        route = cast("Route", self.route)
+        error = self.director.refused(self.exchange, route, 503, b'{"error":' + bytes(raw) + b"}")
+        if not isinstance(error, Transient | UpstreamError):
+            return False
+        if self.connection is not None:
+            self.connection.abort()
+        self._attempt_failed(error)
+        return True
+
+    def _emit(self, payload: bytes) -> None:
+        self._wrote = True
+        framed = wire.chunk(payload) if self._chunked else payload
+        if self.head_sent:
+            self.write(framed)
+        else:
+            self._send_head(self._stream_head(), framed)
+
+    def _stream_head(self) -> bytes:
+        head = self._held_head or wire.STATUS_LINES[200] + wire.STREAM_HEADERS
+        return head + b"transfer-encoding: chunked\r\n" if self._chunked else head
+
+    def _send_head(self, head: bytes, first: bytes) -> None:
+        """Our head and the first bytes leave in one write."""
+        self.head_sent = True
+        self.exchange.status = int(head[9:12])
+        if not self._chunked and b"content-length:" not in head:
+            self.client.keep = False  # an end by close is the only framing that 1.0 knows
+        self.write(head + self.client.own_headers(self.exchange.request_id, self.exchange.endpoint.dialect) + first)
+
+    # ends
+
+    def _finish(self, *, raw_end: bool) -> None:
+        """The answer is whole. raw_end: its end went out with the bytes."""
+        exchange = self.exchange
+        tail = b"".join(self._tail)
+        if self.phase is Phase.STREAM:
+            if tail:
+                scan.settle_stream(exchange, tail)
+        elif exchange.endpoint.generates or b'"usage"' in tail:
+            scan.settle_whole(exchange, tail)
+        if not raw_end:
+            if not self.head_sent:  # a stream without a single event
+                self._send_head(self._stream_head(), b"")
+            if self._chunked:
+                self.write(wire.LAST_CHUNK)
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.release()
+        self._over(keep=True)
+
+    def _upstream_refused(self, connection: Connection) -> None:
+        """The upstream answered >= 400 and its body is here (at most MAX_ERROR_BODY of it)."""
+        route = cast("Route", self.route)
+        body = b"".join(self._body)
+        status, head = connection.status, connection.head
+        self.connection = None
+        connection.release()
+        error = self.director.refused(self.exchange, route, status, body)
+        if isinstance(error, Transient | UpstreamError | UpstreamTimeout):
+            self._attempt_failed(error)
+        elif error is not None:
+            self.fail(error)
+        elif self.head_sent:
+            self._emit(sse.frame(b" ".join(body.split(b"\n"))))
+            self.exchange.error = UpstreamError(f"{route.upstream.name} answered {status}")
+            self._end_stream()
+        else:
+            self.exchange.error = UpstreamError(f"{route.upstream.name} answered {status}")
+            passed = wire.status_line(status) + wire.passed_back(head)
+            self._send_head(passed + b"content-length: %d\r\n" % len(body), body)
+            self._over(keep=True)
+
+    def _broken(self, connection: Connection, err: Exception) -> None:
+        connection.abort()
+        self._attempt_failed(UpstreamError(f"{self.exchange.node} sent what is not HTTP: {err}"))
+
+    def lost(self, exc: Exception | None) -> None:
+        """The upstream's connection is gone before its answer was whole."""
+        connection, self.connection = self.connection, None
+        if connection is None or self.phase is Phase.OVER:
+            return
+        route = cast("Route", self.route)
+        if connection.reused and not connection.head_raw and not connection.headers_done and not self._again:
+            self._again = True  # kept alive by us, closed by it, just now: not a failure of the node
+            self.phase = Phase.WAITING
+            self._task = asyncio.get_running_loop().create_task(self._connect(route))
+            return
+        if exc is None and connection.ended_by_close():
+            connection.complete = True
+            self.connection = connection
+            if self.phase is Phase.STREAM:
+                self._events(connection, b"")
+            elif self.phase is Phase.WHOLE:
+                self._whole(connection, b"", b"")
+            else:
+                self._upstream_refused(connection)
+            return
+        reason = f": {exc}" if exc is not None else ""
+        in_chunk = connection.in_chunk and self.fast
+        self._attempt_failed(
+            UpstreamError(f"{route.upstream.name} closed the connection before its answer was whole{reason}"),
+            in_chunk=in_chunk,
+        )
+
+    def _attempt_failed(self, error: HelexaError, *, in_chunk: bool = False) -> None:
+        """Another attempt where nothing is committed, else the end in the dialect."""
+        if self.phase is Phase.OVER:
+            return
+        self.connection = None
+        route = cast("Route", self.route)
+        exchange = self.exchange
+        mid_stream = self.committed
+        exchange.error = error
+        self.director.failed(exchange, route, error, mid_stream=mid_stream)
+        exchange.tried.append(route.upstream.name)
+        if not mid_stream and self.attempts < MAX_ATTEMPTS:
+            self._release()
+            self._fresh()
+            self._again = False
+            self.attempt()
+            return
+        if in_chunk or (self.phase is Phase.WHOLE and self.head_sent):
+            self.client.abort()  # no event fits, and no length can be taken back
+            self._over(keep=False)
+            return
+        self.fail(error)
+
+    def fail(self, error: HelexaError) -> None:
+        """The end, told in the caller's dialect: as a body while that is possible, else as the last event."""
+        if self.phase is Phase.OVER:
+            return
+        exchange = self.exchange
+        exchange.error = error
+        if not self.head_sent:
+            exchange.status = self.client.respond_error(error, exchange.endpoint.dialect, exchange.request_id)
+            self._over(keep=True)
+            return
+        payload = render_event(error, exchange.endpoint.dialect, exchange.request_id)
+        self.write(wire.chunk(payload) if self._chunked else payload)
+        self._end_stream()
+
+    def _end_stream(self) -> None:
+        """After an error event: the last chunk and the end of the connection, never a fake [DONE]."""
+        if self._chunked:
+            self.write(wire.LAST_CHUNK)
+        self._over(keep=False)
+
+    def client_gone(self) -> None:
+        """The client left: its generation is cancelled with it."""
+        if self.phase is Phase.OVER:
+            return
+        self.exchange.client_gone = True
+        if not self.head_sent:
+            self.exchange.status = 499
+        self._over(keep=False)
+
+    def _release(self) -> None:
+        route, self.route = self.route, None
+        if route is not None:
+            self.director.released(self.exchange, route)
+
+    def _over(self, *, keep: bool) -> None:
+        if self.phase is Phase.OVER:
+            return
+        self.phase = Phase.OVER
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.abort()
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+        self._release()
+        self.exchange.t_end = monotonic()
+        self.director.done(self.exchange)
+        self.client.finished(keep=keep)
+
+    # flow control, and the sweeper
+
+    def client_paused(self) -> None:
+        self._paused_since = monotonic()
+        if self.connection is not None and not self.connection.closed:
+            self.connection.transport.pause_reading()
+
+    def client_resumed(self) -> None:
+        self._paused_since = 0.0
+        if self.connection is not None and not self.connection.closed:
+            self.connection.transport.resume_reading()
+
+    def pause(self) -> None:
+        """The upstream is full of our request; nothing more is to be sent, so nothing is to be held back."""
+
+    def resume(self) -> None:
+        pass
+
+    def sweep(self, now: float) -> None:
+        """Once a second: heartbeats, stalls, and clients that read nothing."""
+        timeouts = self.client.server.timeouts
+        exchange = self.exchange
+        if self._paused_since:
+            if now - self._paused_since > timeouts.stall_s:
+                self.client.abort()
+                self.client_gone()
+            return
+        if exchange.stream and not self.committed and now - exchange.t_start >= HEARTBEAT_AFTER_S:
+            self._heartbeat()
+        if self.connection is None:
+            return
+        if exchange.reads != self._reads_seen or not self._t_read:
+            self._reads_seen, self._t_read = exchange.reads, now
+            return
+        silent_s = now - self._t_read
+        route = cast("Route", self.route)
+        limit_s = timeouts.first_byte_s
+        if limit_s is not None and not exchange.t_first_byte and silent_s > limit_s:
+            self._stalled(f"{exchange.node} sent nothing for {limit_s:g} s")
+        elif silent_s >= timeouts.stall_s and self.director.is_stalled(exchange, route, silent_s):
+            self._stalled(f"{exchange.node} stalled: nothing came from {exchange.model} for {silent_s:.0f} s")
+
+    def _stalled(self, message: str) -> None:
+        connection, self.connection = self.connection, None
+        in_chunk = connection is not None and connection.in_chunk and self.fast
+        if connection is not None:
+            connection.abort()
+        self._attempt_failed(UpstreamTimeout(message), in_chunk=in_chunk)
+
+    def _heartbeat(self) -> None:
+        if self.phase in (Phase.WHOLE, Phase.ERROR, Phase.OVER):
+            return
+        if self._wrote:  # the upstream's own comment went through since the last sweep
+            self._wrote = False
+            return
+        dialect = self.exchange.endpoint.dialect
+        if dialect is Dialect.OLLAMA:
+            return
+        text = self.director.progress(self.exchange) if self.phase is Phase.WAITING else None
+        self._emit(_PING if dialect is Dialect.ANTHROPIC else sse.comment(text or b""))
+        self._wrote = False
+
+
+def _role_event(found: scan.Chunk) -> bytes:
+    """The role delta that a chat stream begins with, for an engine that lost its own."""
+    event = {
+        "id": found.id,
+        "object": "chat.completion.chunk",
+        "created": found.created,
+        "model": found.model,
+        "choices": [{"index": 0, "delta": {"role": "assistant", "content": None}, "finish_reason": None}],
+    }
+    return sse.frame(msgspec.json.encode({k: v for k, v in event.items() if v is not None}))

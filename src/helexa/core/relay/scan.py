@@ -1,0 +1,144 @@
+"""What the relay reads out of an answer it otherwise only carries: the first generated delta, usage, why it ended.
+
+Pure. Everything is found in decoded body bytes, in the neuron's chat dialect.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from helexa.core.relay.contract import Exchange, Usage
+
+_USAGE = b'"usage":'
+_FINISH = b'"finish_reason":"'
+
+
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _PromptDetails | None = None
+
+    def known(self) -> Usage:
+        cached = self.prompt_tokens_details.cached_tokens if self.prompt_tokens_details else None
+        return Usage(self.prompt_tokens or 0, self.completion_tokens or 0, cached or 0)
+
+
+class _Delta(msgspec.Struct):
+    role: str | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[msgspec.Raw] | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    text: str | None = None  # /v1/completions
+    finish_reason: str | None = None
+
+
+class Chunk(msgspec.Struct):
+    """One data event of a stream, as far as the relay cares."""
+
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    timings: dict[str, Any] | None = None
+    id: str | None = None
+    created: int | None = None
+    model: str | None = None
+    error: msgspec.Raw | None = None
+
+    @property
+    def has_delta(self) -> bool:
+        """Something was generated: text, reasoning, or a tool call; not the role alone."""
+        for choice in self.choices or ():
+            delta = choice.delta
+            if choice.text or (
+                delta and (delta.content or delta.reasoning_content or delta.refusal or delta.tool_calls)
+            ):
+                return True
+        return False
+
+    @property
+    def has_role(self) -> bool:
+        return any(c.delta is not None and c.delta.role is not None for c in self.choices or ())
+
+    @property
+    def is_usage_only(self) -> bool:
+        """The event that a client which did not ask for usage must not see."""
+        return self.usage is not None and not self.choices
+
+
+_decode_chunk = msgspec.json.Decoder(Chunk).decode
+_decode_usage = msgspec.json.Decoder(_Usage).decode
+
+
+def chunk_of(block: bytes) -> Chunk | None:
+    """A block of a stream (blank line included) as a Chunk; None for comments, `[DONE]` and what is not ours."""
+    start = block.find(b"data:")
+    if start < 0 or (start and block[start - 1] != 0x0A):
+        return None
+    try:
+        return _decode_chunk(block[start + 5 :].strip())
+    except msgspec.MsgspecError:
+        return None
+
+
+def is_only_comment(block: bytes) -> bool:
+    """Heartbeats: they commit nobody to an attempt."""
+    return block.startswith(b":") and all(line.startswith(b":") or not line for line in block.split(b"\n"))
+
+
+def settle_stream(exchange: Exchange, tail: bytes) -> None:
+    """Fill usage, finish reason and timings from the last events of a stream; `tail` may begin inside an event."""
+    for block in tail.split(b"\n\n")[-6:]:
+        if (_USAGE in block or b'"finish_reason":' in block or b'"timings":' in block) and (found := chunk_of(block)):
+            note(exchange, found)
+
+
+def note(exchange: Exchange, found: Chunk) -> None:
+    """What one event says of the whole answer."""
+    if found.usage is not None:
+        exchange.usage = found.usage.known()
+    if found.timings is not None:
+        exchange.timings = found.timings
+    for choice in found.choices or ():
+        if choice.finish_reason is not None:
+            exchange.finish_reason = choice.finish_reason
+
+
+def settle_whole(exchange: Exchange, tail: bytes) -> None:
+    """The same from the end of an answer in one piece; `tail` may lack its beginning (embeddings are megabytes)."""
+    if (raw := _object_after(tail, _USAGE)) is not None:
+        try:
+            exchange.usage = _decode_usage(raw).known()
+        except msgspec.MsgspecError:
+            pass
+    if (raw := _object_after(tail, b'"timings":')) is not None:
+        try:
+            exchange.timings = msgspec.json.decode(raw, type=dict[str, Any])
+        except msgspec.MsgspecError:
+            pass
+    if (at := tail.rfind(_FINISH)) >= 0:
+        end = tail.find(b'"', at + len(_FINISH))
+        exchange.finish_reason = tail[at + len(_FINISH) : end].decode("utf-8", "replace") if end > 0 else None
+
+
+def _object_after(tail: bytes, key: bytes) -> bytes | None:
+    """The object behind the last `key`. An unescaped `"usage":` cannot stand inside a JSON string."""
+    at = tail.rfind(key)
+    start = tail.find(b"{", at + len(key), at + len(key) + 8) if at >= 0 else -1
+    if start < 0:
+        return None
+    depth = 0
+    for i in range(start, min(len(tail), start + 4096)):
+        depth += (tail[i] == 0x7B) - (tail[i] == 0x7D)
+        if depth == 0:
+            return tail[start : i + 1]
+    return None

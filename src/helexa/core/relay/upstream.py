@@ -1,0 +1,462 @@
+"""The client side: connections to one node or one host, kept alive between requests, and the small calls of the
+control plane (fetch, stream) over the same connections.
+
+A connection serves one response at a time and belongs to its `owner` meanwhile. Bytes that nobody asked for mean that
+both ends disagree about where a response ended: such a connection is closed, never used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, cast
+from urllib.parse import urlsplit
+
+import httptools
+import msgspec
+
+_HIGH_WATER = 256 << 10  # decoded bytes a reader of `stream` may leave unread before its connection is paused
+
+
+class UpstreamClosed(ConnectionError):
+    """The other end closed before the answer was whole. `clean`: a reused connection, not one byte came."""
+
+    def __init__(self, message: str, *, clean: bool = False) -> None:
+        super().__init__(message)
+        self.clean = clean
+
+
+class Owner(Protocol):
+    """Who a connection works for. Calls come from the loop; none may block."""
+
+    def read(self, data: bytes) -> None: ...
+    def lost(self, exc: Exception | None) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+
+
+class Connection(asyncio.Protocol):
+    """One connection, and where in a response it stands.
+
+    parts:     decoded body bytes of the reads since the owner last took them
+    in_chunk:  inside a chunk or its size line, so that nothing of ours may be written between
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "closed",
+        "complete",
+        "framed",
+        "head",
+        "head_raw",
+        "headers_done",
+        "in_chunk",
+        "interim",
+        "keep",
+        "owner",
+        "parser",
+        "parts",
+        "pool",
+        "rest",
+        "reused",
+        "status",
+        "transport",
+    )
+
+    def __init__(self, pool: Upstream) -> None:
+        self.pool = pool
+        self.owner: Owner | None = None
+        self.transport = cast("asyncio.Transport", None)
+        self.closed = False
+        self.reused = False
+        self.parts: list[bytes] = []
+        self._reset()
+        self.parser = httptools.HttpResponseParser(self)
+
+    def _reset(self) -> None:
+        self.status = 0
+        self.head = b""
+        self.head_raw = b""
+        self.rest = b""
+        self.headers_done = self.complete = self.in_chunk = self.interim = self.keep = self.framed = False
+        self.parts.clear()
+
+    # asyncio's calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            # the stdlib loop sets it only where the socket's proto says TCP; first tokens are 41 ms late without
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def data_received(self, data: bytes) -> None:
+        # HOT, once per read. Bench: bench/gateway.
+        owner = self.owner
+        if owner is None:
+            self.abort()
+            return
+        owner.read(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        self.pool.dropped(self)
+        owner, self.owner = self.owner, None
+        if owner is not None:
+            owner.lost(exc)
+
+    def pause_writing(self) -> None:
+        if self.owner is not None:
+            self.owner.pause()
+
+    def resume_writing(self) -> None:
+        if self.owner is not None:
+            self.owner.resume()
+
+    # llhttp's calls
+
+    def on_headers_complete(self) -> None:
+        self.status = self.parser.get_status_code()
+        if 100 <= self.status < 200:
+            self.interim = True
+            return
+        self.headers_done = True
+        self.keep = self.parser.should_keep_alive()  # valid only inside callbacks
+
+    def on_body(self, body: bytes) -> None:
+        self.parts.append(body)
+
+    def on_chunk_header(self) -> None:
+        self.in_chunk = True
+
+    def on_chunk_complete(self) -> None:
+        self.in_chunk = False
+
+    def on_message_complete(self) -> None:
+        if self.interim:
+            self.interim = False
+            return
+        self.complete = True
+
+    # for owners
+
+    def feed(self, data: bytes) -> None:
+        """One read through llhttp. Raises httptools.HttpParserError, and UpstreamClosed for bytes after the end."""
+        if self.complete:
+            raise UpstreamClosed("bytes after the end of a response")
+        if self.headers_done:
+            self.parser.feed_data(data)
+            return
+        self.head_raw += data
+        self.parser.feed_data(data)
+        if self.headers_done:
+            raw = self.head_raw
+            end = raw.index(b"\r\n\r\n")
+            while raw.startswith(b"HTTP/1.1 1"):
+                raw = raw[end + 4 :]
+                end = raw.index(b"\r\n\r\n")
+            self.head, self.rest, self.head_raw = raw[: end + 4], raw[end + 4 :], b""
+            lower = self.head.lower()
+            self.framed = b"\r\ntransfer-encoding:" in lower or b"\r\ncontent-length:" in lower
+        elif len(self.head_raw) > 64 << 10:
+            raise UpstreamClosed("a response head of over 64 kB")
+
+    def ended_by_close(self) -> bool:
+        """The connection closed, and that was the end of the body: no length and no chunks were announced."""
+        return self.headers_done and not self.framed
+
+    def release(self) -> None:
+        """Give it back after a complete response; closed where it cannot be used again."""
+        self.owner = None
+        if self.closed or not self.keep or not self.complete or self.pool.closing:
+            self.transport.close()
+            return
+        self._reset()
+        self.pool.give_back(self)
+
+    def abort(self) -> None:
+        self.owner = None
+        if not self.closed:
+            self.transport.abort()
+
+
+class Answer(msgspec.Struct):
+    """A whole response of the control plane. Header names are in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self, kind: Any = Any) -> Any:
+        """The body decoded as the type `kind`. Raises msgspec.MsgspecError."""
+        return msgspec.json.decode(self.body, type=kind)
+
+
+class Upstream:
+    """Where requests go: one node (seen from the gateway) or one model's host (seen from the daemon).
+
+    url:      "http://host:port[/base]" or "unix:/absolute/path"
+    headers:  go with every request
+    Owned by one loop.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        connect_s: float = 3.0,
+        max_idle: int = 256,
+    ) -> None:
+        self.name = name
+        self.url = url
+        self.connect_s = connect_s
+        self.max_idle = max_idle
+        self.closing = False
+        self._idle: list[Connection] = []
+        self._heads: dict[str, bytes] = {}
+        self._unix: str | None = None
+        self._host, self._port, self._base = "", 0, ""
+        if url.startswith("unix:"):
+            self._unix = url[5:]
+            authority = "localhost"
+        else:
+            parts = urlsplit(url)
+            if parts.scheme != "http" or not parts.hostname:
+                raise ValueError(f"{url!r} is not an address; use http://host:port")
+            self._host, self._port, self._base = parts.hostname, parts.port or 80, parts.path.rstrip("/")
+            authority = parts.netloc.rpartition("@")[2]
+        self._common = f"host: {authority}\r\n" + "".join(f"{k}: {v}\r\n" for k, v in (headers or {}).items())
+
+    def head_for(self, path: str) -> bytes:
+        """The constant part of a POST's head: everything but the length's digits and what follows them."""
+        head = self._heads.get(path)
+        if head is None:
+            head = self._heads[path] = (
+                f"POST {self._base}{path} HTTP/1.1\r\n{self._common}content-type: application/json\r\ncontent-length: "
+            ).encode("latin-1")
+        return head
+
+    def try_take(self) -> Connection | None:
+        """An idle connection, the last used first; None where there is none."""
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.closed and not connection.transport.is_closing():
+                connection.reused = True
+                return connection
+        return None
+
+    async def open(self) -> Connection:
+        """A new connection. Raises OSError, or TimeoutError after connect_s."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(self.connect_s):
+            if self._unix is not None:
+                _, made = await loop.create_unix_connection(lambda: Connection(self), self._unix)
+            else:
+                _, made = await loop.create_connection(lambda: Connection(self), self._host, self._port)
+        return made
+
+    def give_back(self, connection: Connection) -> None:
+        if len(self._idle) >= self.max_idle:
+            connection.transport.close()
+        else:
+            self._idle.append(connection)
+
+    def dropped(self, connection: Connection) -> None:
+        if connection.owner is None and connection in self._idle:
+            self._idle.remove(connection)
+
+    def close(self) -> None:
+        """Close what is idle; connections in use end with their request."""
+        self.closing = True
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.transport.close()
+
+    # the control plane
+
+    async def fetch(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float | None = 10.0,
+        limit: int = 16 << 20,
+    ) -> Answer:
+        """One whole request and answer. Raises ConnectionError (or OSError), TimeoutError, ValueError over `limit`."""
+        async with asyncio.timeout(timeout_s), self._calling(method, path, body, headers) as call:
+            got = bytearray()
+            async for part in call:
+                got += part
+                if len(got) > limit:
+                    raise ValueError(f"{self.name}{path}: an answer of over {limit} bytes")
+            return Answer(call.status, call.headers, bytes(got))
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        head_timeout_s: float | None = 10.0,
+        idle_s: float | None = None,
+    ) -> AsyncIterator[Call]:
+        """An answer as it comes: `.status`, `.headers`, and iteration over decoded body bytes. Leaving the block
+        before the end aborts. idle_s bounds the silence between two reads (TimeoutError)."""
+        async with asyncio.timeout(head_timeout_s) as deadline, self._calling(method, path, body, headers) as call:
+            deadline.reschedule(None)
+            call.idle_s = idle_s
+            yield call
+
+    @asynccontextmanager
+    async def _calling(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str] | None
+    ) -> AsyncIterator[Call]:
+        extra = "".join(f"{k}: {v}\r\n" for k, v in (headers or {}).items())
+        if body is not None:
+            if not any(k.lower() == "content-type" for k in headers or {}):
+                extra += "content-type: application/json\r\n"
+            extra += f"content-length: {len(body)}\r\n"
+        head = f"{method} {self._base}{path} HTTP/1.1\r\n{self._common}{extra}\r\n".encode("latin-1")
+        call = await self._begin(head + (body or b""), safe=method in ("GET", "HEAD"))
+        try:
+            yield call
+        finally:
+            call.end()
+
+    async def _begin(self, request: bytes, *, safe: bool) -> Call:
+        # A kept connection may have been closed by the other end just now; only what changes nothing is sent again.
+        idle = self.try_take() if safe else None
+        if idle is not None:
+            call = Call(idle)
+            try:
+                await call.start(request)
+            except UpstreamClosed as gone:
+                call.end()
+                if not gone.clean:
+                    raise
+            except BaseException:
+                call.end()
+                raise
+            else:
+                return call
+        call = Call(await self.open())
+        try:
+            await call.start(request)
+        except BaseException:
+            call.end()
+            raise
+        return call
+
+
+class Call:
+    """One answer of the control plane on its way."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.idle_s: float | None = None
+        self._connection = connection
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._error: Exception | None = None
+        self._done = False
+        self._paused = False
+        self._wake = asyncio.Event()
+        connection.owner = self
+
+    async def start(self, request: bytes) -> None:
+        if self._connection.closed:
+            self._connection.owner = None
+            raise UpstreamClosed("closed while idle", clean=True)
+        self._connection.transport.write(request)
+        while not self._connection.headers_done and self._error is None:
+            await self._sleep()
+        if not self._connection.headers_done:
+            raise self._error or UpstreamClosed("closed")
+        self.status = self._connection.status
+        for line in self._connection.head.split(b"\r\n")[1:]:
+            name, _, value = line.partition(b":")
+            if name:
+                self.headers[name.decode("latin-1").lower()] = value.strip().decode("latin-1")
+
+    async def _sleep(self) -> None:
+        self._wake.clear()
+        async with asyncio.timeout(self.idle_s):
+            await self._wake.wait()
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._iterate()
+
+    async def _iterate(self) -> AsyncIterator[bytes]:
+        while True:
+            if self._parts:
+                data = b"".join(self._parts)
+                self._parts.clear()
+                self._size = 0
+                if self._paused and not self._connection.closed:
+                    self._paused = False
+                    self._connection.transport.resume_reading()
+                yield data
+            elif self._done:
+                return
+            elif self._error is not None:
+                raise self._error
+            else:
+                await self._sleep()
+
+    def end(self) -> None:
+        """The connection goes back if the answer is whole, else it is cut."""
+        connection = self._connection
+        if connection.owner is self:
+            if self._paused and not connection.closed:
+                connection.transport.resume_reading()
+            if self._done:
+                connection.release()
+            else:
+                connection.abort()
+
+    # Owner
+
+    def read(self, data: bytes) -> None:
+        connection = self._connection
+        try:
+            connection.feed(data)
+        except (httptools.HttpParserError, UpstreamClosed) as err:
+            self._fail(ConnectionError(f"the answer is not HTTP: {err}"))
+            connection.abort()
+            return
+        self._parts += connection.parts
+        self._size += sum(map(len, connection.parts))
+        connection.parts.clear()
+        self._done = connection.complete
+        if self._size > _HIGH_WATER and not self._done and not self._paused:
+            self._paused = True
+            connection.transport.pause_reading()
+        self._wake.set()
+
+    def lost(self, exc: Exception | None) -> None:
+        if self._connection.ended_by_close() and exc is None:
+            self._done = True
+            self._wake.set()
+            return
+        clean = self._connection.reused and not self._connection.head_raw and not self._connection.headers_done
+        self._fail(UpstreamClosed(str(exc) if exc else "the other end closed the connection", clean=clean))
+
+    def pause(self) -> None:
+        pass
+
+    def resume(self) -> None:
+        pass
+
+    def _fail(self, error: Exception) -> None:
+        if not self._done and self._error is None:
+            self._error = error
+        self._wake.set()

@@ -1,0 +1,99 @@
+"""HTTP/1.1 as bytes: what of a head is refused, what of it passes, and how ours are written. Pure.
+
+llhttp has validated every head before it comes here (strict: no folding, no bare LF or CR, one framing); this module
+refuses what llhttp lets through and keeps the list of what passes. Whatever is not on the list does not pass.
+"""
+
+from __future__ import annotations
+
+import re
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Final
+
+from helexa.core.errors import (
+    BadRequest,
+    HeadTooLarge,
+    HelexaError,
+    UnsupportedMedia,
+    VersionNotSupported,
+)
+
+MAX_HEAD_BYTES: Final = 32 << 10  # nginx: 4 x 8 kB; h11: 16 kB
+MAX_HEADERS: Final = 100
+
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+LAST_CHUNK: Final = b"0\r\n\r\n"
+# nginx: a proxy between that buffers would hold back the stream (x-accel-buffering).
+STREAM_HEADERS: Final = (
+    b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
+)
+
+STATUS_LINES: Final[dict[int, bytes]] = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n".encode() for s in HTTPStatus}
+
+# Of an upstream's response head, these pass to the client; framing and connection are ours.
+_PASSED_BACK: Final = re.compile(
+    rb"\r\n((?:content-type|retry-after|cache-control|x-accel-buffering|x-helexa-[a-z-]+):[^\r\n]*)", re.IGNORECASE
+)
+_GOOD_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+
+
+def status_line(status: int) -> bytes:
+    return STATUS_LINES.get(status) or f"HTTP/1.1 {status} Status\r\n".encode()
+
+
+def value_of(head: bytes, lower: bytes, name: bytes) -> bytes | None:
+    """A header's value; None where absent. lower: head in lower case; name: lower case, with its colon."""
+    at = lower.find(b"\r\n" + name)
+    if at < 0:
+        return None
+    start = at + 2 + len(name)
+    return head[start : head.index(b"\r\n", start)].strip(b" \t")
+
+
+def refusal(head: bytes, lower: bytes, version: str, *, upgrade: bool) -> HelexaError | None:
+    """Why a validated request head is refused all the same; None if it is not. HOT: finds only.
+
+    head ends with its blank line.
+    """
+    if version not in ("1.1", "1.0"):
+        return VersionNotSupported(f"HTTP/{version} is not spoken here; use HTTP/1.1")
+    if len(head) > MAX_HEAD_BYTES or head.count(b"\r\n") > MAX_HEADERS + 2:
+        return HeadTooLarge(f"The request's head is over {MAX_HEAD_BYTES >> 10} kB or {MAX_HEADERS} headers")
+    hosts = lower.count(b"\r\nhost:")
+    if hosts > 1 or (not hosts and version == "1.1"):
+        return BadRequest("A request needs exactly one Host header")
+    if upgrade or head.startswith(b"CONNECT "):
+        return BadRequest("Upgrade and CONNECT are not supported here")
+    if b"\r\ntransfer-encoding:" in lower:
+        if version == "1.0":
+            return VersionNotSupported("Transfer-Encoding does not exist in HTTP/1.0; use HTTP/1.1")
+        if lower.count(b"\r\ntransfer-encoding:") > 1 or value_of(head, lower, b"transfer-encoding:") != b"chunked":
+            return BadRequest("Transfer-Encoding: only a single `chunked` is understood")
+    expect = value_of(head, lower, b"expect:")
+    if expect is not None and expect.lower() != b"100-continue":
+        return BadRequest("Expect: only 100-continue is understood")
+    encoding = value_of(head, lower, b"content-encoding:")
+    if encoding is not None and encoding.lower() not in (b"", b"identity"):
+        return UnsupportedMedia(f"Bodies compressed with {encoding.decode('latin-1')} are not read; send plain JSON")
+    return None
+
+
+def good_request_id(value: bytes | None) -> bool:
+    """The caller's own id is kept where it is harmless: 1 to 128 of [A-Za-z0-9._-]."""
+    return value is not None and _GOOD_ID.fullmatch(value) is not None
+
+
+def passed_back(head: bytes) -> bytes:
+    """The header lines of an upstream's head that go to the client, each ending in CRLF."""
+    return b"".join([line + b"\r\n" for line in _PASSED_BACK.findall(head)])
+
+
+def chunk(data: bytes) -> bytes:
+    """`data` as one chunk of a chunked body; empty data frames nothing (an empty chunk would end the body)."""
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+
+
+def date_line() -> bytes:
+    """A Date header, CRLF included (RFC 9110, 6.6.1). Made once a second by the sweeper."""
+    return b"date: " + formatdate(usegmt=True).encode() + b"\r\n"
