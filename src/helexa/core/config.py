@@ -45,6 +45,7 @@ class Gateway(Section, frozen=True):
     models_config: Text | None = None  # left out: models.toml beside this file, if there is one
     body_limit_mb: BodyMB = 64
     cors_origins: list[Text] = []
+    allowed_hosts: list[Text] = []  # public names this gateway is called by; addresses and local names need none
 
 
 class Timeouts(Section, frozen=True):
