@@ -68,6 +68,7 @@ class Plan:
     context: int
     slots: int
     device_indices: tuple[int, ...]
+    extra: dict[str, Any] = field(default_factory=dict)  # the harness's own choices, for host_spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ class Prepared:
     body: bytes | None = None
     mend: Mend | None = None
     first_event: bool = False
+    content_type: bytes | None = None  # told to the client in place of the engine's: the mend collects a stream
 
 
 class Session(Protocol):
@@ -93,6 +95,8 @@ class Session(Protocol):
 
 
 class Harness(Protocol):
+    """Made without arguments, in the daemon and again in each host process, which is told its class by name."""
+
     name: str
 
     def engine_version(self) -> str | None:
@@ -100,6 +104,9 @@ class Harness(Protocol):
 
     def why_not(self) -> str | None:
         """Why this harness cannot run here, with the way out (pip install ...); None if it can."""
+
+    def warm(self) -> None:
+        """In the host process, before it has orders: import what `serve` needs, so that a load does not pay for it."""
 
     def can_serve(self, files: ModelFiles) -> bool: ...
 
