@@ -18,6 +18,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from helexa import __version__
+from helexa.core import logs
 from helexa.core.catalogue import Catalogue, ModelProfile
 from helexa.core.config import CortexSettings, NeuronEntry
 from helexa.core.discovery import DeviceHealth, Discovery, NodeHealth
@@ -26,6 +27,8 @@ from helexa.core.lifecycle import ModelInfo, ModelStatus
 from helexa.core.relay.upstream import Upstream
 from helexa.cortex.listing import Holding, entry, status_rank
 from helexa.cortex.names import Names
+
+log = logs.get("cortex.fleet")
 
 NodeState = Literal["up", "suspect", "down", "draining"]
 
@@ -113,7 +116,7 @@ class Node:
 
 class Fleet:
     """on_change: called after a change with the model's id, or None for a node's own; must not raise.
-    on_doubt: called when a request failed at a node that was up, so that it is asked at once."""
+    on_doubt: called with a node whose last answer may not hold any more, so that it is asked at once."""
 
     def __init__(
         self, settings: CortexSettings, catalogue: Catalogue, *, wall: Callable[[], float] = time.time
@@ -255,8 +258,12 @@ class Fleet:
         node.last_error = reason
         self._settle(node, set())
         if was_up:
-            for call in self.on_doubt:
-                call(node)
+            self.doubt(node)
+
+    def doubt(self, node: Node) -> None:
+        """What the node last said may not hold any more: it is asked again at once."""
+        for call in self.on_doubt:
+            call(node)
 
     def request_succeeded(self, node: Node) -> None:
         """HOT, once per request. An answer is an answer, though a poll failed."""
@@ -370,6 +377,8 @@ class Fleet:
             state = "suspect"
         news: list[str | None] = list(changed)
         if state != node.state:
+            tell = log.warning if state in ("suspect", "down") else log.info
+            tell(f"node is {state}", node=node.name, was=node.state, reason=node.last_error)
             node.state, node.since = state, self._wall()
             for model_id in list(node.replicas):
                 self._relink(node, model_id)
