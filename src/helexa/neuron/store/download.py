@@ -1,0 +1,276 @@
+"""Fetching files of one repository into the cache: resumed, verified, and cancelled without loss. Blocking.
+
+A blob has one writer among all processes (flock). What was received stays as <hash>.incomplete, whatever ends the
+download, and the next one goes on from there; only what has the right hash gets the final name.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from helexa.core.errors import HelexaError, LoadFailed, NeverLoads
+from helexa.core.lifecycle import Progress
+from helexa.neuron.store import http
+from helexa.neuron.store.cache import HubCache, HubFile
+from helexa.neuron.store.hub import Hub, Listing, retry_delay
+
+MB: Final = 1 << 20
+_CHUNK: Final = 1 << 20
+# A content network may refuse to send more than 50 GB in one answer (huggingface_hub's MAX_HTTP_DOWNLOAD_SIZE);
+# a range of it is always sent.
+_SLICE: Final = 16 << 30
+_ATTEMPTS_WITHOUT_PROGRESS: Final = 6
+_REPORT_EVERY_S: Final = 0.25
+_SPARE_DISK: Final = 64 << 20  # what is left for others, and for directories
+
+Report = Callable[[Progress], None]
+
+
+class Download:
+    """Some files of a repository. `run` is called once, in a thread; `cancel` from any other.
+
+    distrust: what is in the cache already is hashed too, because it was found damaged.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        cache: HubCache,
+        listing: Listing,
+        files: Sequence[HubFile],
+        report: Report,
+        *,
+        distrust: bool = False,
+    ) -> None:
+        self._hub = hub
+        self._cache = cache
+        self._listing = listing
+        self._files = files
+        self._distrust = distrust
+        self._cancel = http.Cancel()
+        self._meter = Meter(sum(f.size for f in files), report)
+
+    def cancel(self) -> None:
+        self._cancel.cancel()
+
+    def run(self) -> list[Path]:
+        """Paths in the snapshot, in the order of the files. Raises HelexaError, or Cancelled."""
+        listing, cache = self._listing, self._cache
+        try:
+            for file in self._files:
+                if not file.blob:
+                    raise LoadFailed(f"the Hub gives no hash for {file.name} of {listing.repo}; it is not fetched")
+            self._check_space()
+            paths = []
+            done = 0
+            for file in self._files:
+                self._fetch(file, done)
+                done += file.size
+                paths.append(cache.link(listing.repo, listing.commit, file))
+            cache.keep_tree(listing.repo, listing.commit, listing.files)
+            cache.keep_ref(listing.repo, "main", listing.commit)
+        except OSError as err:
+            raise self._disk_error(err) from err
+        self._meter.finish()
+        return paths
+
+    def _check_space(self) -> None:
+        repo = self._listing.repo
+        missing = [f for f in {f.blob: f for f in self._files}.values() if not self._cache.has(repo, f)]
+        need = sum(f.size - _size(self._cache.partial(repo, f)) for f in missing)
+        self._cache.root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._cache.root).free - _SPARE_DISK
+        if need > free:
+            raise self._no_space(need, free)
+
+    def _no_space(self, need: int, free: int) -> NeverLoads:
+        need_mb, free_mb = -(-need // MB), max(free, 0) // MB
+        return NeverLoads(
+            f"{self._listing.repo} needs {need_mb} MB of disk and {self._cache.root} has {free_mb} MB free: remove "
+            "models (`neuron models`, `neuron rm`), or set HF_HOME to a larger disk",
+            code="insufficient_disk",
+            details={"need_mb": need_mb, "free_mb": free_mb},
+        )
+
+    def _disk_error(self, err: OSError) -> HelexaError:
+        if err.errno in (errno.ENOSPC, errno.EDQUOT):
+            left = sum(f.size for f in self._files if not self._cache.has(self._listing.repo, f))
+            return self._no_space(left, shutil.disk_usage(self._cache.root).free)
+        return LoadFailed(
+            f"{self._listing.repo} cannot be stored in {self._cache.root}: {err.strerror or err} "
+            "(HF_HOME says where it goes)"
+        )
+
+    def _fetch(self, file: HubFile, before: int) -> None:
+        repo = self._listing.repo
+        if self._distrust:
+            self._drop_damaged(file)
+        if self._cache.has(repo, file):
+            self._meter.resumed(before + file.size)
+            return
+        partial = self._cache.partial(repo, file)
+
+        def wait(seconds: float) -> bool:
+            self._meter.at(before + _size(partial))  # another process is fetching it
+            return self._cancel.wait(seconds)
+
+        with self._cache.lock(repo, file, wait):
+            if self._cache.has(repo, file):
+                self._meter.resumed(before + file.size)
+                return
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            for last_try in (False, True):
+                wrong = self._receive(file, partial, before)
+                if wrong is None:
+                    break
+                partial.unlink()
+                if last_try:
+                    raise LoadFailed(
+                        f"{file.name} of {repo} arrives damaged, twice ({wrong}); a proxy on the way may change it"
+                    )
+            os.replace(partial, self._cache.blob(repo, file))
+
+    def _drop_damaged(self, file: HubFile) -> None:
+        blob = self._cache.blob(self._listing.repo, file)
+        try:
+            with blob.open("rb") as have:
+                digest, _ = self._hash(file, have)
+        except FileNotFoundError:
+            return
+        if digest.hexdigest() != file.blob:
+            blob.unlink()
+
+    def _hash(self, file: HubFile, have: BinaryIO) -> tuple[Any, int]:
+        """The digest so far of what is on disk, and how many bytes that is."""
+        digest = new_digest(file)
+        size = 0
+        while data := have.read(_CHUNK):
+            self._cancel.check()
+            digest.update(data)
+            size += len(data)
+        return digest, size
+
+    def _receive(self, file: HubFile, partial: Path, before: int) -> str | None:
+        """Bring the partial file to its full size; None if it then has the right hash, else what is wrong."""
+        failures = 0
+        with partial.open("ab+") as out:
+            out.seek(0)
+            digest, have = self._hash(file, out)  # what an earlier run received
+            buffer = memoryview(bytearray(_CHUNK))
+            if have > file.size:
+                return f"{have} bytes instead of {file.size}"
+            self._meter.resumed(before + have)
+            while have < file.size:
+                problem = ""
+                delay: str | None = None
+                start = have
+                try:
+                    with self._hub.open(
+                        self._listing, file, have, min(file.size, have + _SLICE), self._cancel
+                    ) as response:
+                        if error := self._hub.refused(self._listing.repo, response.status, response.headers):
+                            raise error
+                        delay = response.headers.get("Retry-After")
+                        if response.status == 200 and have:  # ranges are not known here: from the beginning
+                            out.truncate(0)
+                            digest, have, start = new_digest(file), 0, 0
+                        if response.status == 206 and not starts_at(response.headers.get("Content-Range"), have):
+                            problem = "another range than asked for"
+                        elif response.status in (200, 206):
+                            while have < file.size and (n := response.readinto(buffer)):
+                                data = buffer[: min(n, file.size - have)]
+                                out.write(data)
+                                digest.update(data)
+                                have += len(data)
+                                self._meter.at(before + have)
+                        else:
+                            problem = f"status {response.status}"
+                except (http.Broken, http.Unreachable) as err:
+                    problem = str(err)
+                finally:
+                    out.flush()
+                if have >= file.size:
+                    break
+                if have > start:
+                    failures = 0
+                    if not problem and have - start == _SLICE:
+                        continue
+                failures += 1
+                if failures >= _ATTEMPTS_WITHOUT_PROGRESS:
+                    raise LoadFailed(
+                        f"the download of {file.name} from {self._listing.repo} broke off at {have} of {file.size} "
+                        f"bytes ({problem or 'the connection ended'}); ask again to go on from there",
+                        retry_after_s=30,
+                    )
+                self._cancel.wait(retry_delay(failures - 1, self._hub.backoff_s, delay))
+            os.fsync(out.fileno())
+        found = digest.hexdigest()
+        return None if found == file.blob else f"hash {found[:12]}... instead of {file.blob[:12]}..."
+
+
+class Meter:
+    """Counts bytes and tells of them a few times a second."""
+
+    def __init__(self, total: int, report: Report) -> None:
+        self._total = total
+        self._report = report
+        self._done = 0
+        self._received = 0  # in this run: what the rate is of
+        self._began = time.monotonic()
+        self._told = 0.0
+
+    def resumed(self, done: int) -> None:
+        """Position without having received anything."""
+        self._done = done
+        self._tell()
+
+    def at(self, done: int) -> None:
+        self._received += max(done - self._done, 0)
+        self._done = done
+        if time.monotonic() - self._told >= _REPORT_EVERY_S:
+            self._tell()
+
+    def finish(self) -> None:
+        self._done = self._total
+        self._tell()
+
+    def _tell(self) -> None:
+        self._told = now = time.monotonic()
+        elapsed = now - self._began
+        left = self._total - self._done
+        rate = self._received / elapsed if elapsed > 1 else 0
+        self._report(
+            Progress(
+                phase="downloading",
+                fraction=self._done / self._total if self._total else None,
+                bytes_done=self._done,
+                bytes_total=self._total,
+                eta_seconds=round(left / rate, 1) if rate and left > 0 else None,
+            )
+        )
+
+
+def new_digest(file: HubFile) -> Any:
+    """sha256 of files in large storage, git's blob hash of the others."""
+    if file.sha256:
+        return hashlib.sha256()
+    return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+
+
+def starts_at(content_range: str | None, start: int) -> bool:
+    """ "bytes 5-9/10" starts at 5. A 206 must say what it is (RFC 9110, 15.3.7)."""
+    return (content_range or "").startswith(f"bytes {start}-")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
