@@ -1,0 +1,134 @@
+"""The host process: one engine, one model, one Unix socket. Started by the daemon, never by hand.
+
+Orders come as JSON lines on stdin, events go as JSON lines on what was stdout at the start; file descriptor 1 is
+moved away first, so that no library's print can break a frame. Whatever else is printed goes to stderr, the daemon's
+log. The process is warm (harness and engine imported) before it says ready.
+
+    -> {"op":"load","harness":"llama","spec":{...}}   <- {"event":"progress","fraction":0.4}
+                                                      <- {"event":"loaded"} | {"event":"failed","error":"..."}
+    -> {"op":"quit"}                                  (exit code 0)
+
+It outlives nobody: the kernel kills it when the daemon dies (also while a load holds the interpreter), and where the
+kernel cannot, the end of stdin does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from typing import IO, Any, Final
+
+from helexa.neuron.harness import open_harness
+
+PR_SET_PDEATHSIG: Final = 1
+OOM_SCORE: Final = "500"  # when memory runs out, a model goes before the daemon does
+ERROR_LIMIT: Final = 4000  # characters of a reason
+
+
+class Orders:
+    """stdin, read by a thread of its own, so that its end is noticed whatever the main thread does."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._queue: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._read, args=(stream,), name="orders", daemon=True).start()
+
+    def next(self) -> dict[str, Any]:
+        return self._queue.get()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        quitting = False
+        for line in stream:
+            order = json.loads(line)
+            quitting = quitting or order["op"] == "quit"
+            self._queue.put(order)
+        if not quitting:
+            os._exit(0)  # the daemon is gone; the engine has nobody left to serve
+
+
+class Events:
+    """The daemon's ear. One write a frame; a daemon that is gone is no error here."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def send(self, event: str, **fields: Any) -> None:
+        try:
+            os.write(self._fd, json.dumps({"event": event, **fields}).encode() + b"\n")
+        except OSError:
+            os._exit(0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="neuron host", description="A model's host process; the daemon starts it.")
+    parser.add_argument("--harness", default="llama", help='short name, or "module:Class"')
+    parser.add_argument("--parent", type=int, default=None, help="process id of the daemon; without it this one ends")
+    args = parser.parse_args(argv)
+
+    events = Events(os.dup(1))
+    os.dup2(2, 1)
+    _die_with(args.parent)
+    # Ctrl-C and a service manager's SIGTERM reach the whole group: the daemon drains, and then ends its hosts itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    orders = Orders(os.fdopen(os.dup(0), "rb"))
+
+    try:
+        harness = open_harness(args.harness)
+        harness.warm()
+    except Exception as err:
+        events.send("failed", error=_reason(err))
+        return 1
+    events.send("ready")
+
+    engine: Any = None
+    opened = args.harness
+    while (order := orders.next())["op"] != "quit":
+        try:
+            if order["harness"] != opened:
+                harness, opened = open_harness(order["harness"]), order["harness"]
+            engine = harness.serve(order["spec"], lambda fraction: events.send("progress", fraction=round(fraction, 4)))
+        except Exception as err:
+            events.send("failed", error=_reason(err))
+            return 1
+        events.send("loaded")
+    if engine is not None:
+        engine.close()
+    return 0
+
+
+def _die_with(parent: int | None) -> None:
+    """Let the kernel end this process when the daemon's spawning thread ends; where it ended already, end now."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
+        try:
+            with open("/proc/self/oom_score_adj", "w") as score:
+                score.write(OOM_SCORE)
+        except OSError:
+            pass  # a container may forbid it
+    if parent is not None and os.getppid() != parent:
+        os._exit(0)
+
+
+def _reason(err: BaseException) -> str:
+    """The error in the words of whoever raised it, with its causes."""
+    parts: list[str] = []
+    cause: BaseException | None = err
+    while cause is not None:
+        text = str(cause) or type(cause).__name__
+        if not parts or text not in parts[-1]:
+            parts.append(text)
+        cause = cause.__cause__
+    return ": ".join(parts)[:ERROR_LIMIT]
+
+
+if __name__ == "__main__":
+    code = main()
+    # Not sys.exit: an engine's threads or a destructor at exit may hang or crash, and nothing here needs them.
+    sys.stderr.flush()
+    os._exit(code)
