@@ -1,0 +1,104 @@
+"""The ledger: which model holds how much of which device, and what is left. Pure: no clock, no I/O, no asyncio.
+
+A claim counts as max(estimate, measured) from before its load begins until its process is gone. What is left of a
+device is the least of two views: its limit less all claims, and what the device itself says is free less those parts
+of the claims that it cannot see yet (a load that has only begun; weights that are mapped, which the kernel goes on
+calling available).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+
+
+class DoesNotFit(Exception):
+    """A reservation for more than is left. need and free are MB by device."""
+
+    def __init__(self, need_mb: Mapping[int, int], free_mb: Mapping[int, int]) -> None:
+        super().__init__(f"needs {dict(need_mb)} MB of {dict(free_mb)} MB free")
+        self.need_mb = dict(need_mb)
+        self.free_mb = dict(free_mb)
+
+
+class Claim:
+    """One model's memory. A context manager: left without `keep`, it is given back.
+
+    need_mb:      the estimate, by device
+    measured_mb:  what its host was last seen to hold, mapped weights included
+    taken_mb:     the part of it that the device's own "free" already misses
+    """
+
+    def __init__(self, ledger: Ledger, owner: str, need_mb: Mapping[int, int]) -> None:
+        self._ledger = ledger
+        self.owner = owner
+        self.need_mb = dict(need_mb)
+        self.measured_mb: dict[int, int] = {}
+        self.taken_mb: dict[int, int] = {}
+        self.kept = False
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        if not self.kept:
+            self.release()
+
+    def keep(self) -> None:
+        """The load succeeded: from now on it is memory in use, until `release`."""
+        self.kept = True
+
+    def release(self) -> None:
+        """Idempotent."""
+        self._ledger.claims.discard(self)
+
+    def measure(self, held_mb: Mapping[int, int], taken_mb: Mapping[int, int]) -> None:
+        self.measured_mb = dict(held_mb)
+        self.taken_mb = dict(taken_mb)
+
+    def held_mb(self, device: int) -> int:
+        return max(self.need_mb.get(device, 0), self.measured_mb.get(device, 0))
+
+    def unseen_mb(self, device: int) -> int:
+        """What it may still take beyond what the device's own figure tells."""
+        return max(0, self.held_mb(device) - self.taken_mb.get(device, 0))
+
+    @property
+    def devices(self) -> list[int]:
+        return sorted(self.need_mb.keys() | self.measured_mb.keys())
+
+
+class Ledger:
+    """limits_mb: what may be used of each device; a device that is not in it has no limit of ours."""
+
+    def __init__(self, limits_mb: Mapping[int, int]) -> None:
+        self.limits_mb = dict(limits_mb)
+        self.claims: set[Claim] = set()
+
+    def used_mb(self, device: int) -> int:
+        """Loaded models and reservations for loads that run."""
+        return sum(claim.held_mb(device) for claim in self.claims)
+
+    def free_mb(self, device: int, says_mb: int | None, *, without: Claim | None = None) -> int | None:
+        """What a new load may take. says_mb: the device's own free memory. None: nothing is known of the device.
+
+        without: a claim to leave out of account, as if its model were not there.
+        """
+        claims = [claim for claim in self.claims if claim is not without]
+        bounds = []
+        if device in self.limits_mb:
+            bounds.append(self.limits_mb[device] - sum(claim.held_mb(device) for claim in claims))
+        if says_mb is not None:
+            if without is not None:
+                says_mb += without.taken_mb.get(device, 0)
+            bounds.append(says_mb - sum(claim.unseen_mb(device) for claim in claims))
+        return max(0, min(bounds)) if bounds else None
+
+    def reserve(self, owner: str, need_mb: Mapping[int, int], says_mb: Mapping[int, int | None]) -> Claim:
+        """Take it now, before anything is awaited; to be entered with `with`. Raises DoesNotFit."""
+        free = {device: self.free_mb(device, says_mb.get(device)) for device in need_mb}
+        if any(left is None or need_mb[device] > left for device, left in free.items()):
+            raise DoesNotFit(need_mb, {device: left or 0 for device, left in free.items()})
+        claim = Claim(self, owner, need_mb)
+        self.claims.add(claim)
+        return claim
