@@ -1,0 +1,191 @@
+"""The gateway as one process: its parts put together, its start and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from helexa import __version__
+from helexa.core import logs
+from helexa.core.addresses import is_loopback
+from helexa.core.catalogue import Catalogue
+from helexa.core.config import CortexSettings, split_listen
+from helexa.core.errors import Dialect, ShuttingDown
+from helexa.core.relay.contract import Endpoint
+from helexa.core.relay.server import Server
+from helexa.cortex.control import ControlPlane, metrics_response
+from helexa.cortex.director import CortexDirector
+from helexa.cortex.fleet import Fleet
+from helexa.cortex.loader import Loader, LoadRecord
+from helexa.cortex.metrics import Metrics
+from helexa.cortex.poller import Poller
+from helexa.cortex.request_log import RequestLog
+
+log = logs.get("cortex")
+
+ENDPOINTS: Final = (
+    Endpoint("/v1/chat/completions", Dialect.OPENAI, "/v1/chat/completions"),
+    Endpoint("/v1/completions", Dialect.OPENAI, "/v1/completions"),
+    Endpoint("/v1/embeddings", Dialect.OPENAI, "/v1/embeddings", generates=False),
+    Endpoint("/v1/rerank", Dialect.OPENAI, "/v1/rerank", generates=False),
+)
+
+
+class CannotListen(Exception):
+    """An address could not be had; str() is the whole message for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """What was really bound, which matters for port 0."""
+
+    api: str
+    metrics: str
+
+
+class Cortex:
+    """One gateway. `start` and `stop` for those who have a loop, `serve` for the program."""
+
+    def __init__(self, settings: CortexSettings, catalogue: Catalogue, catalogue_path: Path | None) -> None:
+        self.settings = settings
+        self.fleet = Fleet(settings, catalogue)
+        self.loader = Loader(self.fleet, settings)
+        self.poller = Poller(self.fleet, settings)
+        self.metrics = Metrics()
+        self.request_log = RequestLog(_to_stderr, as_json=logs.writes_json(), now=time.time)
+        self.loader.on_load.append(self._loaded)
+        gateway = settings.gateway
+        self.control = ControlPlane(
+            self.fleet,
+            self.loader,
+            catalogue_path=catalogue_path,
+            cors_origins=gateway.cors_origins,
+            allowed_hosts=gateway.allowed_hosts,
+            metrics=self._metrics_text if gateway.metrics_on_api else None,
+            warnings=exposure(settings),
+        )
+        director = CortexDirector(self.fleet, self.loader, self.metrics, self.request_log, clock=time.monotonic)
+        self.server = Server(
+            director=director,
+            endpoints=ENDPOINTS,
+            app=self.control,
+            timeouts=settings.timeouts,
+            limits=settings.limits,
+            body_limit_mb=gateway.body_limit_mb,
+            cors_origins=gateway.cors_origins,
+        )
+        self.server.on_tick.append(self.request_log.flush)
+        self.metrics_server = Server(director=None, app=_metrics_app(self._metrics_text))
+
+    async def start(self) -> Addresses:
+        """Listening and polling. Raises CannotListen."""
+        gateway = self.settings.gateway
+        api = await _listen(self.server, gateway.listen, "--listen, or [gateway] listen")
+        try:
+            metrics = await _listen(self.metrics_server, gateway.metrics_listen, "[gateway] metrics_listen")
+        except CannotListen:
+            await self.server.close()
+            raise
+        await self.poller.start()
+        return Addresses(api, metrics)
+
+    async def stop(self, *, drain_s: float) -> int:
+        """Running requests get `drain_s`, new ones a 503. Returns how many had to be cut."""
+        error = ShuttingDown("The gateway is shutting down; ask again in a moment, or another one", retry_after_s=5)
+        self.server.stop_accepting(error)
+        self.control.shutdown = error
+        cut = await self.server.drain(drain_s)
+        await self.control.close()
+        await self.poller.stop()
+        await self.loader.stop()
+        await self.server.close()
+        await self.metrics_server.close()
+        self.fleet.close()
+        self.request_log.flush()
+        return cut
+
+    async def serve(self) -> None:
+        """Until SIGTERM or SIGINT; a second signal ends the drain."""
+        loop = asyncio.get_running_loop()
+        signals: asyncio.Queue[str] = asyncio.Queue()
+        for sig in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(sig, signals.put_nowait, sig.name)
+        addresses = await self.start()
+        log.info("listening", api=addresses.api, metrics=addresses.metrics, version=__version__,
+                 nodes=len(self.fleet.nodes), models=len(self.fleet.profiles))  # fmt: skip
+        for warning in exposure(self.settings):
+            log.warning(warning)
+        # What the start made stays; the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        reason = await signals.get()
+        log.info("shutting down", signal=reason, inflight=self.server.inflight)
+        draining = asyncio.create_task(self.stop(drain_s=self.settings.drain_s))
+        again = asyncio.create_task(signals.get())
+        await asyncio.wait([draining, again], return_when=asyncio.FIRST_COMPLETED)
+        if draining.done():
+            again.cancel()
+            log.info("stopped", cut=draining.result())
+        else:
+            log.warning("stopped at once by a second signal", inflight=self.server.inflight)
+            draining.cancel()
+            await asyncio.gather(draining, return_exceptions=True)
+            self.request_log.flush()
+
+    def _loaded(self, record: LoadRecord) -> None:
+        if record.error is None:
+            self.metrics.loaded(record.model, record.node, record.seconds)
+
+    def _metrics_text(self) -> bytes:
+        return self.metrics.render({node.name: node.state != "down" for node in self.fleet.nodes.values()})
+
+
+def build(settings: CortexSettings, catalogue: Catalogue, catalogue_path: Path | None = None) -> Cortex:
+    return Cortex(settings, catalogue, catalogue_path)
+
+
+def exposure(settings: CortexSettings) -> list[str]:
+    """What an operator should know about who can reach this gateway."""
+    host, port = split_listen(settings.gateway.listen)
+    if is_loopback(host):
+        return []
+    return [
+        f"Everyone who can reach {host}:{port} can use this gateway: it listens beyond loopback, and asks for no keys."
+    ]
+
+
+async def _listen(server: Server, listen: str, setting: str) -> str:
+    host, port = split_listen(listen)
+    try:
+        bound_host, bound_port = await server.listen(host, port)
+    except OSError as err:
+        why = "is taken" if err.errno == errno.EADDRINUSE else f"cannot be had ({err.strerror or err})"
+        raise CannotListen(f"{listen} {why}; choose another with {setting}") from err
+    return f"[{bound_host}]:{bound_port}" if ":" in bound_host else f"{bound_host}:{bound_port}"
+
+
+def _metrics_app(text: Callable[[], bytes]) -> Starlette:
+    async def scrape(request: Request) -> Response:
+        return metrics_response(text())
+
+    return Starlette(routes=[Route("/metrics", scrape)])
+
+
+def _to_stderr(lines: str) -> None:
+    stream = sys.stderr
+    if stream is not None:
+        stream.write(lines)
+        stream.flush()

@@ -1,0 +1,77 @@
+"""What a node's error answer means to the gateway: try another node, or let the client see it. Pure.
+
+A node speaks the taxonomy of core.errors, so an error comes back with its own code, message and details; what another
+program wrote is judged by its status alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from helexa.core.errors import (
+    HelexaError,
+    LoadFailed,
+    ModelLoading,
+    ModelUnloading,
+    NoNode,
+    Overloaded,
+    ShuttingDown,
+    Transient,
+    UpstreamError,
+)
+
+# A node that does not hold the model after all: the gateway's view was behind, and a load or another node mends it.
+_MISSING: Final = frozenset({"model_not_found", "not_found"})
+_TRANSIENT: Final[dict[str, type[Transient]]] = {
+    cls.code: cls for cls in (Overloaded, ModelLoading, ModelUnloading, NoNode, LoadFailed, ShuttingDown)
+}
+_ENVELOPE: Final = frozenset({"message", "type", "param", "code"})
+
+
+class _Inner(msgspec.Struct):
+    message: str = ""
+    code: str | int | None = None
+
+
+class _Envelope(msgspec.Struct):
+    error: _Inner
+
+
+_decode = msgspec.json.Decoder(_Envelope).decode
+
+
+def code_and_message(body: bytes) -> tuple[str | None, str]:
+    """(None, "") for a body that is not OpenAI's envelope."""
+    try:
+        inner = _decode(body).error
+    except msgspec.DecodeError:
+        return None, ""
+    return inner.code if isinstance(inner.code, str) else None, inner.message
+
+
+def judge(model: str, node: str, status: int, body: bytes) -> HelexaError | None:
+    """None: the client gets the node's answer as it is. Else what to tell it if no other node takes the request."""
+    code, message = code_and_message(body)
+    if status in (401, 403):
+        return UpstreamError(
+            f"{node} refused the gateway's key, so {model} could not be asked; set `token` of [[neurons]] in "
+            f"cortex.toml to the node's own"
+        )
+    if status == 404 and code in _MISSING:
+        return ModelLoading(f"{node} no longer holds {model}; try again")
+    if status == 503:
+        known = _TRANSIENT.get(code or "", Overloaded)
+        return known(message or f"{node} cannot take {model} now; try again", details=_details(body))
+    if status in (500, 502):
+        return UpstreamError(message or f"{model} failed on {node} (status {status})", details=_details(body))
+    return None
+
+
+def _details(body: bytes) -> dict[str, Any]:
+    try:
+        error = msgspec.json.decode(body)["error"]
+        return {k: v for k, v in error.items() if k not in _ENVELOPE}
+    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+        return {}
