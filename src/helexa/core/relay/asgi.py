@@ -11,8 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-import structlog
-
+from helexa.core import logs
 from helexa.core.errors import Dialect, HelexaError
 from helexa.core.relay import wire
 
@@ -23,7 +22,7 @@ Message = MutableMapping[str, Any]
 ASGIApp = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
 
 _HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"date", b"x-request-id"})
-_log = structlog.get_logger("http")
+_log = logs.get("http")
 
 
 class Cycle:

@@ -11,7 +11,7 @@ The states of the answer, in order; what may still happen in each:
 
 A stream is read carefully (event by event, framed anew) until its first token, where a read does not end with a whole
 event, and from the usage event on; in between, a read is passed as it came. Raw bytes are only ever passed from and to
-a point between chunks and between events, so that what we frame ourselves can never fall inside a chunk.
+a point between chunks and between events, so that an event of ours (heartbeat, error) fits at any time.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import httptools
 import msgspec
-import structlog
 
-from helexa.core import sse
+from helexa.core import logs, sse
 from helexa.core.errors import Dialect, HelexaError, Transient, UpstreamError, UpstreamTimeout, render_event
 from helexa.core.relay import scan, wire
 from helexa.core.relay.contract import Exchange, Route
@@ -42,8 +41,9 @@ MAX_ERROR_BODY: Final = 256 << 10
 HEARTBEAT_AFTER_S: Final = 1.0
 
 _BLANK_LINE: Final = re.compile(rb"\r?\n\r?\n")
+_DONE: Final = b"data: [DONE]"
 _PING: Final = b'event: ping\ndata: {"type": "ping"}\n\n'
-_log = structlog.get_logger("relay")
+_log = logs.get("relay")
 
 
 class Phase(Enum):
@@ -68,6 +68,7 @@ class Pair:
         "_buffer",
         "_chunked",
         "_cut",
+        "_done_seen",
         "_extra",
         "_first_event",
         "_held_head",
@@ -119,7 +120,7 @@ class Pair:
         self._buffer = b""
         self._held_head = b""
         self._tail: deque[bytes] = deque(maxlen=8)
-        self._cut = self._first_event = self._raw_ok = False
+        self._cut = self._first_event = self._raw_ok = self._done_seen = False
         self._mend: Any = None
 
     # attempts
@@ -128,6 +129,7 @@ class Pair:
         """Ask the director where to go, and go."""
         self.phase = Phase.WAITING
         self.attempts += 1
+        self.exchange.error = None  # a failed attempt that another one makes good is no failed request
         try:
             chosen = self.director.route(self.exchange)
         except HelexaError as error:
@@ -225,8 +227,11 @@ class Pair:
         parts = connection.parts
         part = parts[0] if len(parts) == 1 else b"".join(parts)
         parts.clear()
-        if not connection.in_chunk and (
-            part.endswith(b"\n\n") and not (self._cut and b'"usage":' in part) if part else connection.complete
+        # a read may also end inside the next chunk's size line, which llhttp has not told of yet: hence the CR LF
+        if (
+            not connection.in_chunk
+            and data.endswith(b"\r\n")
+            and (part.endswith(b"\n\n") and not (self._cut and b'"usage":' in part) if part else connection.complete)
         ):
             self.write(data)
             self._tail.append(part)
@@ -234,7 +239,7 @@ class Pair:
                 self._finish(raw_end=True)
         else:
             self.fast = False
-            self._events(connection, part)
+            self._events(connection, part, data)
 
     def _read_slow(self, connection: Connection, data: bytes) -> None:
         """Heads, errors, answers in one piece, and streams that are read event by event."""
@@ -257,7 +262,7 @@ class Pair:
         if part and not exchange.t_first_byte:
             exchange.t_first_byte = monotonic()
         if self.phase is Phase.STREAM:
-            self._events(connection, part)
+            self._events(connection, part, data)
         elif self.phase is Phase.WHOLE:
             self._whole(connection, data, part)
         elif self.phase is Phase.ERROR:
@@ -322,7 +327,8 @@ class Pair:
 
     # a stream, event by event
 
-    def _events(self, connection: Connection, part: bytes) -> None:
+    def _events(self, connection: Connection, part: bytes, raw: bytes) -> None:
+        """part: the decoded body bytes of the read `raw`."""
         if self._mend is not None:
             part = self._mend.feed(part)
             if connection.complete:
@@ -351,6 +357,7 @@ class Pair:
                 and self.exchange.t_first_token > 0
                 and not self._buffer
                 and not connection.in_chunk
+                and raw.endswith(b"\r\n")
                 and self.exchange.usage is None
             )
 
@@ -375,6 +382,8 @@ class Pair:
                     out.append(_role_event(found))
             if self._cut and found.is_usage_only:
                 return True
+        elif block.startswith(_DONE):
+            self._done_seen = True
         self.committed = True
         out.append(block)
         return True
@@ -472,20 +481,21 @@ class Pair:
             connection.complete = True
             self.connection = connection
             if self.phase is Phase.STREAM:
-                self._events(connection, b"")
+                self._events(connection, b"", b"")
             elif self.phase is Phase.WHOLE:
                 self._whole(connection, b"", b"")
             else:
                 self._upstream_refused(connection)
             return
+        if self._done_seen or (self._tail and self._tail[-1].rstrip().endswith(_DONE)):
+            self._finish(raw_end=False)  # nothing was lost but the last chunk
+            return
         reason = f": {exc}" if exc is not None else ""
-        in_chunk = connection.in_chunk and self.fast
         self._attempt_failed(
-            UpstreamError(f"{route.upstream.name} closed the connection before its answer was whole{reason}"),
-            in_chunk=in_chunk,
+            UpstreamError(f"{route.upstream.name} closed the connection before its answer was whole{reason}")
         )
 
-    def _attempt_failed(self, error: HelexaError, *, in_chunk: bool = False) -> None:
+    def _attempt_failed(self, error: HelexaError) -> None:
         """Another attempt where nothing is committed, else the end in the dialect."""
         if self.phase is Phase.OVER:
             return
@@ -502,7 +512,7 @@ class Pair:
             self._again = False
             self.attempt()
             return
-        if in_chunk or (self.phase is Phase.WHOLE and self.head_sent):
+        if self.phase is Phase.WHOLE and self.head_sent:
             self.client.abort()  # no event fits, and no length can be taken back
             self._over(keep=False)
             return
@@ -601,10 +611,9 @@ class Pair:
 
     def _stalled(self, message: str) -> None:
         connection, self.connection = self.connection, None
-        in_chunk = connection is not None and connection.in_chunk and self.fast
         if connection is not None:
             connection.abort()
-        self._attempt_failed(UpstreamTimeout(message), in_chunk=in_chunk)
+        self._attempt_failed(UpstreamTimeout(message))
 
     def _heartbeat(self) -> None:
         if self.phase in (Phase.WHOLE, Phase.ERROR, Phase.OVER):

@@ -15,8 +15,8 @@ from typing import Final, cast
 
 import httptools
 import msgspec
-import structlog
 
+from helexa.core import logs
 from helexa.core.config import Limits, Timeouts
 from helexa.core.errors import (
     BadRequest,
@@ -38,7 +38,7 @@ from helexa.core.relay.relay import Pair
 _LINGER_S: Final = 2.0  # how long a refused upload is read and thrown away, so that its sender can read why
 _BODY_GRACE_S: Final = 10.0
 _peek = msgspec.json.Decoder(Peek).decode
-_log = structlog.get_logger("http")
+_log = logs.get("http")
 
 
 class Server:

@@ -1,0 +1,310 @@
+"""Answers as bytes: whatever the cuts of the upstream's reads and chunks, the client gets the same events."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.helpers.wires import CHAT, Recorder, Wire, client_of, dechunk, request, split, waiting_upstream
+
+from helexa.core.errors import Overloaded, UpstreamError
+from helexa.core.relay.contract import Usage
+from helexa.core.relay.server import Server
+
+ASK = b'{"model":"qwen","stream":true}'
+ASK_USAGE = b'{"model":"qwen","stream":true,"stream_options":{"include_usage":true}}'
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nServer: x\r\n\r\n"
+
+
+def event(**members: Any) -> bytes:
+    return b"data: " + json.dumps(members, separators=(",", ":")).encode() + b"\n\n"
+
+
+def delta(text: str) -> bytes:
+    return event(id="c1", choices=[{"index": 0, "delta": {"content": text}, "finish_reason": None}])
+
+
+ROLE = event(id="c1", choices=[{"index": 0, "delta": {"role": "assistant", "content": None}, "finish_reason": None}])
+STOP = event(id="c1", choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
+USAGE = event(id="c1", choices=[], usage={"prompt_tokens": 7, "completion_tokens": 3})
+DONE = b"data: [DONE]\n\n"
+
+TEXTS = st.lists(
+    st.text(alphabet='ab"\\\n\x00é:{}0', max_size=12) | st.just('"usage":{"x":1}'), min_size=1, max_size=12
+)
+
+
+class Line:
+    """One client, one relay, one upstream, no sockets."""
+
+    def __init__(self, body: bytes = ASK, version: bytes = b"HTTP/1.1", **route: Any) -> None:
+        upstream, self.connection, self.up = waiting_upstream()
+        self.director = Recorder(upstream, **route)
+        self.server = Server(director=self.director, endpoints=[CHAT])
+        self.client, self.wire = client_of(self.server)
+        self.client.data_received(request(body).replace(b"HTTP/1.1", version, 1))
+
+    def hear(self, *pieces: bytes) -> None:
+        for piece in pieces:
+            if piece:
+                self.connection.data_received(piece)
+
+    @property
+    def body(self) -> bytes:
+        return dechunk(self.wire.sent)
+
+
+def chunked(data: bytes, sizes: list[int]) -> bytes:
+    out, at, i = b"", 0, 0
+    while at < len(data):
+        piece = data[at : at + sizes[i % len(sizes)]]
+        out += b"%x\r\n%b\r\n" % (len(piece), piece)
+        at, i = at + len(piece), i + 1
+    return out + b"0\r\n\r\n"
+
+
+@given(
+    texts=TEXTS,
+    sizes=st.lists(st.integers(1, 300), min_size=1, max_size=5),
+    cuts=st.lists(st.integers(0, 4000), max_size=30),
+    asked=st.booleans(),
+    role=st.booleans(),
+    per_event=st.booleans(),
+)
+def test_a_stream_arrives_whole_without_the_usage_that_nobody_asked_for(
+    texts: list[str], sizes: list[int], cuts: list[int], asked: bool, role: bool, per_event: bool
+) -> None:
+    deltas = [delta(t) for t in texts]
+    events = [*([ROLE] if role else []), b": beat\n\n", *deltas, STOP, USAGE, DONE]
+    raw = HEAD + (
+        b"".join(b"%x\r\n%b\r\n" % (len(e), e) for e in events) + b"0\r\n\r\n"
+        if per_event
+        else chunked(b"".join(events), sizes)
+    )
+    line = Line(ASK_USAGE if asked else ASK, cut_usage=True, first_event=True)
+    line.hear(*split(raw, cuts))
+    got = line.body
+    if not role:
+        at = got.index(b"data:")
+        first, _, rest = got[at:].partition(b"\n\n")
+        assert json.loads(first[5:])["choices"][0]["delta"] == {"role": "assistant", "content": None}
+        got = got[:at] + rest
+    expected = [*([ROLE] if role else []), *deltas, STOP, *([USAGE] if asked else []), DONE]
+    assert got.replace(b": beat\n\n", b"", 1) == b"".join(expected)
+    (exchange,) = line.director.finished
+    assert exchange.usage == Usage(7, 3, 0)
+    assert exchange.finish_reason == "stop"
+    assert (exchange.t_first_token > 0) is any(texts)
+    assert line.director.open_routes == 0
+    assert line.connection.pool.try_take() is line.connection, "kept for the next request"
+    assert not line.wire.closed
+
+
+@given(texts=TEXTS, at=st.integers(0, 3000), reads=st.integers(1, 200))
+def test_an_upstream_that_dies_anywhere_is_told_in_an_event_or_by_a_cut_and_never_by_a_done(
+    texts: list[str], at: int, reads: int
+) -> None:
+    raw = HEAD + b"".join(b"%x\r\n%b\r\n" % (len(e), e) for e in [ROLE, *map(delta, texts), STOP, DONE]) + b"0\r\n\r\n"
+    raw = raw[: 1 + at % (len(raw) - 1)]
+    line = Line(cut_usage=True)
+    line.hear(*[raw[i : i + reads] for i in range(0, len(raw), reads)])
+    line.connection.connection_lost(None)
+    assert line.director.open_routes == 0
+    assert len(line.director.finished) == 1
+    sent = line.wire.sent
+    if line.wire.aborted:
+        return
+    if sent.startswith(b"HTTP/1.1 502"):
+        assert b"data:" not in sent
+        return
+    blocks = [b for b in dechunk(sent).split(b"\n\n") if b]
+    if blocks[-1] == b"data: [DONE]":
+        assert raw.count(DONE) == 1, "all of it had come"
+        return
+    assert json.loads(blocks[-1][5:])["error"]["code"] == "upstream_error"
+    assert b"data: [DONE]" not in blocks
+    assert line.wire.closed
+
+
+def test_a_death_inside_a_half_sent_chunk_is_told_in_an_event_because_the_half_was_held_back() -> None:
+    line = Line()
+    line.hear(HEAD + b"%x\r\n%b\r\n" % (len(ROLE), ROLE) + b"%x\r\n%b\r\n" % (len(delta("a")), delta("a")))
+    whole = b"%x\r\n%b\r\n" % (len(delta("b")), delta("b"))
+    line.hear(whole, whole[:20])
+    line.connection.connection_lost(ConnectionResetError("reset"))
+    blocks = dechunk(line.wire.sent).split(b"\n\n")
+    assert b"upstream_error" in blocks[-2], "the half event was held back, so an error event still fits"
+    assert line.director.failures[0][1] is True
+
+
+def test_a_read_in_the_middle_of_a_stream_is_passed_in_one_write_as_it_came() -> None:
+    line = Line(cut_usage=True)
+    line.hear(HEAD + b"%x\r\n%b\r\n" % (len(delta("a")), delta("a")))
+    read = b"".join(b"%X\r\n%b\r\n" % (len(delta(t)), delta(t)) for t in "bc")
+    before = len(line.wire.sent)
+    line.hear(read)
+    assert line.wire.sent[before:] == read
+
+
+def test_only_listed_headers_of_the_upstream_reach_the_client() -> None:
+    line = Line(b'{"model":"qwen"}')
+    line.hear(
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\nServer: llama.cpp\r\n"
+        b"Set-Cookie: a=b\r\nKeep-Alive: timeout=5\r\nAccess-Control-Allow-Origin: *\r\n"
+        b"X-Helexa-Dropped: tools\r\n\r\n{}"
+    )
+    head = line.wire.sent.partition(b"\r\n\r\n")[0].lower()
+    names = sorted(row.partition(b":")[0] for row in head.split(b"\r\n")[1:])
+    assert names == [b"content-length", b"content-type", b"date", b"x-helexa-dropped", b"x-request-id"]
+
+
+def test_a_whole_answer_keeps_every_byte_and_its_usage_is_counted() -> None:
+    choice = b'{"message":{"content":"0.7"},"finish_reason":"stop"}'
+    body = b'{"choices":[' + choice + b'],"usage":{"prompt_tokens":2,"completion_tokens":1}}'
+    line = Line(b'{"model":"qwen"}')
+    raw = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    line.hear(raw[:60], raw[60:150], raw[150:])
+    assert line.wire.sent.endswith(b"\r\n\r\n" + body)
+    assert line.director.finished[0].usage == Usage(2, 1, 0)
+    assert line.director.finished[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_http_1_0_client_gets_no_chunks_and_the_end_of_the_connection(stream: bool) -> None:
+    line = Line(ASK if stream else b'{"model":"qwen"}', version=b"HTTP/1.0")
+    if stream:
+        line.hear(HEAD + chunked(ROLE + delta("a") + DONE, [9]))
+        assert line.wire.sent.endswith(b"\r\n\r\n" + ROLE + delta("a") + DONE)
+    else:
+        line.hear(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+            + chunked(b"{}", [1])
+        )
+        assert line.wire.sent.endswith(b"\r\n\r\n{}")
+        assert b"content-length: 2\r\n" in line.wire.sent
+    assert b"transfer-encoding" not in line.wire.sent.lower()
+    assert line.wire.closed
+
+
+def test_bytes_after_the_end_of_a_response_close_the_connection_and_are_never_the_next_answer() -> None:
+    line = Line(b'{"model":"qwen"}')
+    line.hear(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+    line.hear(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nforged")
+    assert line.up.aborted
+    assert b"forged" not in line.wire.sent
+
+
+def test_an_interim_answer_is_skipped() -> None:
+    line = Line(b'{"model":"qwen"}')
+    line.hear(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+    assert line.wire.sent.startswith(b"HTTP/1.1 200 ")
+    assert line.wire.sent.endswith(b"{}")
+
+
+REFUSED = b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: 13\r\n\r\n" + b'{"error":"x"}'
+
+
+def test_an_upstreams_own_error_passes_as_it_came() -> None:
+    line = Line()
+    line.hear(REFUSED)
+    assert line.wire.sent.startswith(b"HTTP/1.1 400 ")
+    assert line.wire.sent.endswith(b'{"error":"x"}')
+    assert line.director.finished[0].status == 400
+
+
+def test_an_error_that_the_director_translates_is_what_the_client_gets() -> None:
+    line = Line()
+    line.director.on_refused = lambda status, body: Overloaded("beast is full; try again", retry_after_s=3)
+    line.hear(REFUSED)
+    assert line.wire.sent.startswith(b"HTTP/1.1 503 ")
+    assert b"retry-after: 3\r\n" in line.wire.sent
+
+
+def test_a_failed_attempt_moves_to_another_upstream_and_the_client_never_knows() -> None:
+    line = Line()
+    second, connection, up = waiting_upstream("benjy")
+    line.director.upstreams.append(second)
+    line.director.on_refused = lambda status, body: UpstreamError("beast is ill")
+    line.hear(REFUSED)
+    assert up.sent.endswith(ASK)
+    connection.data_received(HEAD + chunked(ROLE + delta("a") + STOP + DONE, [500]))
+    assert line.body == ROLE + delta("a") + STOP + DONE
+    (exchange,) = line.director.finished
+    assert (exchange.node, exchange.tried, exchange.error) == ("benjy", ["beast"], None)
+    assert line.director.open_routes == 0
+
+
+def test_heartbeats_of_the_upstream_commit_to_nothing_so_a_later_failure_still_moves_on() -> None:
+    line = Line()
+    second, connection, _ = waiting_upstream("benjy")
+    line.director.upstreams.append(second)
+    line.hear(HEAD + b"3\r\n:\n\n\r\n")
+    assert b":\n\n" in line.wire.sent
+    line.connection.connection_lost(None)
+    connection.data_received(HEAD + chunked(delta("a") + DONE, [500]))
+    assert line.body == b":\n\n" + delta("a") + DONE
+
+
+def test_an_error_after_heartbeats_arrives_as_an_event_and_the_stream_ends_without_a_done() -> None:
+    line = Line()
+    line.hear(HEAD + b"3\r\n:\n\n\r\n")
+    line.connection.connection_lost(None)
+    blocks = line.body.split(b"\n\n")
+    assert json.loads(blocks[1][5:])["error"]["code"] == "upstream_error"
+    assert line.wire.closed
+
+
+def test_a_slow_reader_pauses_its_own_upstream_and_only_that() -> None:
+    line = Line()
+    other = Line()
+    line.hear(HEAD + b"%x\r\n%b\r\n" % (len(delta("a")), delta("a")))
+    line.client.pause_writing()
+    assert line.up.reading_paused
+    assert not other.up.reading_paused
+    line.client.resume_writing()
+    assert not line.up.reading_paused
+
+
+def test_a_client_that_leaves_ends_its_upstream_at_once() -> None:
+    for heard in (b"", HEAD, HEAD + b"%x\r\n%b\r\n" % (len(delta("a")), delta("a"))):
+        line = Line()
+        line.hear(heard)
+        line.client.connection_lost(None)
+        assert line.up.aborted
+        assert line.director.open_routes == 0
+        assert line.director.finished[0].client_gone
+        assert line.server.inflight == 0
+        assert not line.server.connections
+
+
+def test_a_mend_changes_the_decoded_body_and_the_framing_follows() -> None:
+    class Upper:
+        def __init__(self) -> None:
+            self.held = b""
+
+        def feed(self, data: bytes) -> bytes:
+            out, self.held = self.held, data
+            return out.upper()
+
+        def finish(self) -> bytes:
+            return self.held.upper()
+
+    line = Line(b'{"model":"qwen"}', mend=Upper())
+    line.hear(
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        + chunked(b'{"a":"b"}', [3])
+    )
+    assert line.wire.sent.endswith(b"content-length: 9\r\n" + line.wire.sent.partition(b"content-length: 9\r\n")[2])
+    assert line.wire.sent.endswith(b'\r\n\r\n{"A":"B"}')
+    streamed = Line(mend=Upper())
+    streamed.hear(HEAD + chunked(delta("a") + DONE, [7]))
+    assert streamed.body == (delta("a") + DONE).upper()
+
+
+def test_the_wire_helper_itself_refuses_a_broken_frame() -> None:
+    with pytest.raises((AssertionError, ValueError)):
+        dechunk(b"HTTP/1.1 200 OK\r\n\r\n5\r\nabc\r\n0\r\n\r\n")
+    assert Wire().sent == b""
