@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from helexa.core.catalogue import Catalogue, ModelProfile
@@ -38,3 +39,19 @@ def answers(view: Fleet, name: str, *models: ModelInfo, status: str = "ok", free
 
 def info(model_id: str, status: str = "loaded", **fields: Any) -> ModelInfo:
     return ModelInfo(id=model_id, status=status, **fields)
+
+
+async def until(view: Fleet, condition: Callable[[], bool]) -> None:
+    """Waits for a change of the view after which the condition holds."""
+    changed = asyncio.Event()
+
+    def set_changed(_: str | None) -> None:
+        changed.set()
+
+    view.on_change.append(set_changed)
+    try:
+        while not condition():
+            changed.clear()
+            await changed.wait()
+    finally:
+        view.on_change.remove(set_changed)

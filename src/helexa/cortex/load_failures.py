@@ -65,7 +65,7 @@ def active_requests(body: bytes) -> dict[str, Any]:
 def _error_of(body: bytes) -> dict[str, Any]:
     try:
         decoded = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except (msgspec.MsgspecError, ValueError, RecursionError):  # ValueError: a string that is no UTF-8
         return {}
     error = decoded.get("error") if isinstance(decoded, dict) else None
     return dict(error) if isinstance(error, dict) else {}

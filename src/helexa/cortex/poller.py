@@ -31,6 +31,10 @@ RECONNECT_S: Final = 0.1  # the first pause after an event stream ended; doubles
 NO_EVENTS_S: Final = 60.0  # until a node that has no /events is asked for them again: it may be a newer one by then
 
 
+# What msgspec raises: its own, UnicodeDecodeError (a ValueError) for a string that is no UTF-8, and for deep nesting.
+NOT_SENSE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
+
+
 class MissError(Exception):
     """An answer that is none, with the reason."""
 
@@ -155,7 +159,7 @@ class Poller:
             raise MissError(f"GET {path}: status {answer.status}")
         try:
             return msgspec.json.decode(answer.body, type=kind)
-        except (msgspec.MsgspecError, RecursionError) as err:
+        except NOT_SENSE as err:
             raise MissError(f"GET {path}: the answer makes no sense: {err}") from err
 
     # events
@@ -217,7 +221,7 @@ class Poller:
                     self._fleet.saw_device(node, msgspec.json.decode(data, type=DeviceHealth))
                 case "draining":
                     self._fleet.saw_draining(node)
-        except (msgspec.MsgspecError, RecursionError) as err:
+        except NOT_SENSE as err:
             raise ValueError(f"an event that makes no sense: {err}") from err
         if head.seq is not None:
             if watch.seq is not None and head.seq != watch.seq + 1:

@@ -44,6 +44,7 @@ def body(code: str, message: str = "why", **details: Any) -> bytes:
         (503, body("load_failed"), Kind.FAILED),
         (500, b"<html>oops</html>", Kind.FAILED),
         (500, b"", Kind.FAILED),
+        (500, b'{"error": "\xff"}', Kind.FAILED),
         (502, b'{"error": "a string"}', Kind.FAILED),
         (500, b'[1, {"error": {}}]', Kind.FAILED),
         (500, b'{"error": {"message": 7, "code": []}}', Kind.FAILED),
