@@ -1,0 +1,253 @@
+"""One loaded GGUF model, seen from the daemon: what of a request the engine may see, and how its answer is mended.
+
+Pure but for `count_tokens`. What llama.cpp's server answers rightly passes untouched in both directions; a request
+that it does not answer rightly is rewritten by splices, and its answer goes through a mend (mends.py says which).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+
+from helexa.core.errors import BadRequest, HelexaError, UnsupportedModality, WrongTask
+from helexa.core.relay.contract import Exchange
+from helexa.core.relay.upstream import Upstream
+from helexa.neuron.harness import openai_fields as fields
+from helexa.neuron.harness.base import Plan, Prepared
+from helexa.neuron.harness.llama import refusals
+from helexa.neuron.harness.llama.mends import AnswerMend, Reasoning, RerankMend, Step, Stops, TopLogprobs, Usages
+from helexa.neuron.harness.llama.mends_collect import Collector
+from helexa.neuron.harness.llama.mends_logprobs import CompletionLogprobs
+from helexa.neuron.harness.llama.mends_tools import WrittenCalls, forced_schema
+from helexa.neuron.harness.llama.tools_as_text import messages_with_tools, needs_text
+from helexa.neuron.harness.splice import members, prepend, splice
+
+CHAT: Final = "/v1/chat/completions"
+COMPLETIONS: Final = "/v1/completions"
+EMBEDDINGS: Final = "/v1/embeddings"
+RERANK: Final = "/v1/rerank"
+
+# Which tasks of a model answer which endpoint. A model without a chat template still completes.
+_TASKS: Final = {
+    CHAT: frozenset({"chat"}),
+    COMPLETIONS: frozenset({"chat", "completion"}),
+    EMBEDDINGS: frozenset({"embed"}),
+    RERANK: frozenset({"rerank"}),
+}
+_HOME: Final = {"chat": CHAT, "completion": COMPLETIONS, "embed": EMBEDDINGS, "rerank": RERANK}
+_MODALITIES: Final = {"image_url": ("vision", "images"), "input_audio": ("audio", "audio")}
+
+_TRUE: Final = b"true"
+_NULL: Final = b"null"
+_USAGE_ON: Final = b'{"include_usage":true}'
+_JSON: Final = b"application/json"
+_encode = msgspec.json.Encoder().encode
+
+
+class LlamaSession:
+    """Belongs to the daemon's loop. One for each loaded model, shared by all its requests."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._model = plan.request.id
+        self._task = plan.facts.task
+        self._slots = plan.slots
+        self._abilities = frozenset(plan.facts.capabilities)
+        self._n_embd: int | None = plan.facts.extra.get("n_embd")
+        self._prepare: dict[str, Callable[[Exchange], Prepared]] = {
+            CHAT: self._chat,
+            COMPLETIONS: self._completion,
+            EMBEDDINGS: self._embedding,
+            RERANK: self._rerank,
+        }
+
+    def prepare(self, exchange: Exchange) -> Prepared:
+        """HOT for a chat: one decode of the fields we judge, and one splice where the gateway wants usage."""
+        path = exchange.endpoint.upstream_path
+        if self._task not in _TASKS[path]:
+            raise self._wrong_task(path)
+        return self._prepare[path](exchange)
+
+    def refusal(self, exchange: Exchange, status: int, body: bytes) -> HelexaError | None:
+        """The engine's own error in our taxonomy."""
+        return refusals.translate(self._model, exchange.endpoint.upstream_path, status, body)
+
+    async def count_tokens(self, body: bytes, engine: Upstream) -> int:
+        """Prompt tokens of a chat body as its own request would have them: the same rewriting, the engine's own
+        template and tokenizer. Raises what the request itself would."""
+        if self._task not in _TASKS[CHAT]:
+            raise self._wrong_task(CHAT)
+        asked = self._read_chat(body)
+        if kinds := fields.part_kinds(asked.messages or ()):
+            where = next(iter(kinds.values()))
+            raise UnsupportedModality(
+                "Only text can be counted; what an image or audio takes is known when it is read.", param=where
+            )
+        rendered = await self._ask(engine, "/apply-template", self._rendering(body, asked))
+        order = _encode({"content": rendered["prompt"], "add_special": True, "parse_special": True})
+        return len((await self._ask(engine, "/tokenize", order))["tokens"])
+
+    async def _ask(self, engine: Upstream, path: str, body: bytes) -> dict[str, Any]:
+        answer = await engine.fetch("POST", path, body, headers={"content-type": "application/json"})
+        if answer.status != 200:
+            raise refusals.translate(self._model, CHAT, answer.status, answer.body)
+        found: dict[str, Any] = answer.json(dict[str, Any])
+        return found
+
+    # chat
+
+    def _read_chat(self, body: bytes) -> fields.ChatRequest:
+        asked = fields.read_chat(body, max_choices=self._slots)
+        for message in asked.messages or ():
+            if type(message.content) is list:
+                self._check_parts(asked)
+                break
+        return asked
+
+    def _check_parts(self, asked: fields.ChatRequest) -> None:
+        for kind, where in fields.part_kinds(asked.messages or ()).items():
+            ability, name = _MODALITIES.get(kind, (None, None))
+            if ability is None:
+                raise BadRequest(f"`{where}.type` {kind!r} is not known.", param=f"{where}.type")
+            if ability not in self._abilities:
+                raise UnsupportedModality(
+                    f"{self._model} takes no {name}; use a model that has `{ability}` among its capabilities in "
+                    "/v1/models, or load this one with its projector.",
+                    param=where,
+                )
+
+    def _chat(self, exchange: Exchange) -> Prepared:
+        asked = self._read_chat(exchange.body)
+        values: dict[str, bytes] = {}
+        steps: list[Step] = []
+        as_text = "tools" not in self._abilities and needs_text(asked)
+        if as_text or asked.forced_tool:
+            values, steps = self._tools(exchange.body, asked, as_text=as_text)
+        if asked.logprobs and not asked.top_logprobs:
+            values["top_logprobs"] = b"1"  # with 0 the engine gives no log-probabilities at all, without it 20 each
+            steps.append(TopLogprobs(0))
+        return self._mended(exchange, asked, values, steps, prompts=1)
+
+    def _tools(self, body: bytes, asked: fields.ChatRequest, *, as_text: bool) -> tuple[dict[str, bytes], list[Step]]:
+        """What changes in the body, and the step that reads the calls back."""
+        values: dict[str, bytes] = {}
+        functions = [tool.function for tool in asked.tools or () if tool.function is not None]
+        if as_text:
+            values |= self._tools_told(body, asked)
+        if asked.forced_tool:
+            # The engine takes the template's own grammar for a call only when the model begins one; a response
+            # format binds it from the first token, and leaves the tools in the prompt.
+            if asked.grammar:
+                raise BadRequest("`grammar` and a forced `tool_choice` exclude each other.", param="grammar")
+            named = fields.called_function(asked)
+            schema = forced_schema([(f.name, f.parameters) for f in functions if named is None or f.name == named])
+            wanted = {"type": "json_schema", "json_schema": {"name": "call", "schema": schema}}
+            values |= {"response_format": _encode(wanted), "tool_choice": b'"none"'}
+            if asked.json_schema is not None:
+                values["json_schema"] = _NULL
+            return values, [WrittenCalls([f.name for f in functions], must=True)]
+        if asked.tool_choice == "none" or not functions:
+            return values, []
+        return values, [WrittenCalls([f.name for f in functions], must=False)]
+
+    def _tools_told(self, body: bytes, asked: fields.ChatRequest) -> dict[str, bytes]:
+        raw = b"[]"
+        for key, start, end in members(body):
+            if key == "messages":
+                raw = body[start:end]
+        values = {"messages": messages_with_tools(raw, asked)}
+        if asked.tools is not None:
+            values["tools"] = _NULL
+        if asked.tool_choice is not None:
+            values["tool_choice"] = _NULL
+        return values
+
+    def _rendering(self, body: bytes, asked: fields.ChatRequest) -> bytes:
+        """The body, as far as the prompt depends on it."""
+        as_text = "tools" not in self._abilities and needs_text(asked)
+        return splice(body, self._tools_told(body, asked)) if as_text else body
+
+    # completions
+
+    def _completion(self, exchange: Exchange) -> Prepared:
+        asked = fields.read_completion(exchange.body, max_choices=self._slots)
+        values: dict[str, bytes] = {}
+        steps: list[Step] = []
+        if asked.logprobs is not None:
+            if asked.logprobs == 0:
+                values["logprobs"] = b"1"  # with 0 the engine gives none
+            steps.append(CompletionLogprobs(asked.logprobs))
+        if fields.is_constrained(asked.response_format) and asked.response_format is not None:
+            # The engine reads it for chat only; `json_schema` means the same here.
+            wanted = asked.response_format
+            schema = wanted.json_schema.schema if wanted.json_schema is not None else wanted.schema
+            values["json_schema"] = _encode(schema if schema is not None else {"type": "object"})
+        prompts = len(asked.prompt) if isinstance(asked.prompt, list) and type(asked.prompt[0]) is not int else 1
+        return self._mended(exchange, asked, values, steps, prompts=prompts)
+
+    def _mended(
+        self, exchange: Exchange, asked: fields.Generation, values: dict[str, bytes], steps: list[Step], *, prompts: int
+    ) -> Prepared:
+        """HOT. Adds what chat and completions share, and settles how the engine is asked."""
+        is_chat = isinstance(asked, fields.ChatRequest)
+        wants_usage = asked.stream_options is not None and asked.stream_options.include_usage is True
+        usage = wants_usage or exchange.gateway_usage or not exchange.stream
+        if asked.stop:
+            values["verbose"] = _TRUE
+            steps.append(Stops(asked.stops))
+        n = asked.n or 1
+        if n * prompts > 1:
+            steps.append(Usages(per_prompt=n, wanted=usage))
+        if is_chat and usage and "reasoning" in self._abilities:
+            values["timings_per_token"] = _TRUE
+            steps.append(Reasoning(timings_asked=bool(asked.timings_per_token)))
+        if exchange.stream:
+            if exchange.gateway_usage and not wants_usage:
+                values["stream_options"] = _USAGE_ON
+        elif steps:
+            values |= {"stream": _TRUE, "stream_options": _USAGE_ON}
+        return Prepared(
+            body=_spliced(exchange.body, values),
+            mend=AnswerMend(steps, None if exchange.stream else Collector()) if steps else None,
+            first_event=is_chat and exchange.stream,
+            content_type=_JSON if steps and not exchange.stream else None,
+        )
+
+    # embeddings and rerank
+
+    def _embedding(self, exchange: Exchange) -> Prepared:
+        asked = fields.read_embedding(exchange.body)
+        if asked.dimensions is not None and asked.dimensions != self._n_embd:
+            own = f"{self._n_embd} " if self._n_embd is not None else ""
+            raise BadRequest(
+                f"`dimensions` cannot be chosen: {self._model} gives {own}dimensions, and is not known to bear a cut.",
+                param="dimensions",
+            )
+        return Prepared()
+
+    def _rerank(self, exchange: Exchange) -> Prepared:
+        asked = fields.read_rerank(exchange.body)
+        documents = asked.documents or []
+        body = None
+        if any(isinstance(document, dict) for document in documents):
+            body = splice(exchange.body, {"documents": _encode([fields.text_of(d) for d in documents])})
+        return Prepared(body=body, mend=RerankMend(documents) if asked.return_documents else None)
+
+    def _wrong_task(self, path: str) -> WrongTask:
+        home = _HOME.get(self._task)
+        hint = f"use {home}" if home else "see /v1/models for what it does"
+        if self._task == "completion" and path == CHAT:
+            hint += ", or load it with a `chat_template`: its file has none"
+        return WrongTask(
+            f"{self._model} is a model for {self._task} and does not answer {path}; {hint}.", param="model"
+        )
+
+
+def _spliced(body: bytes, values: dict[str, bytes]) -> bytes | None:
+    """HOT. None: unchanged. A key that the body does not even contain as text needs no search for its span."""
+    if not values:
+        return None
+    if all(b'"%b"' % key.encode() not in body for key in values) and b"\\u" not in body:
+        return prepend(body, values)
+    return splice(body, values)

@@ -1,0 +1,103 @@
+"""Changes to a JSON object's bytes without writing it anew: every number, escape and space elsewhere stays. Pure.
+
+An absent key goes right after the first `{`, a present one is replaced by its span. The body must be known to be a
+JSON object (the caller has decoded it); on anything else the result is meaningless, not an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import msgspec
+
+# Strings are matched whole, so that a brace inside one is not seen. Possessive: a long text costs no backtracking.
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\],:]', re.DOTALL)
+_SPACE = b" \t\r\n"
+
+
+def members(body: bytes, at: int = 0) -> Iterator[tuple[str, int, int]]:
+    """The members of the object that opens at or after `at`: key, and the half-open span of its value."""
+    depth = 0
+    key: bytes | None = None
+    start = 0  # of the value, once its colon was seen
+    for match in _TOKEN.finditer(body, at):
+        token = match.group()
+        if token in b"{[":
+            depth += 1
+        elif depth == 1 and (token == b"," or token == b"}"):
+            if key is not None:
+                first, last = _trim(body, start, match.start())
+                yield _text(key), first, last
+            key, start = None, 0
+            if token == b"}":
+                return
+        elif token in b"}]":
+            depth -= 1
+        elif depth == 1 and not start:
+            if token == b":":
+                start = match.end()
+            else:
+                key = token
+
+
+def elements(body: bytes, at: int) -> Iterator[tuple[int, int]]:
+    """The spans of the elements of the array that opens at `at`."""
+    depth = 0
+    start = at + 1
+    for match in _TOKEN.finditer(body, at):
+        token = match.group()
+        if token in b"{[":
+            depth += 1
+        elif depth == 1 and token in b",]":
+            first, last = _trim(body, start, match.start())
+            if last > first:
+                yield first, last
+            if token == b"]":
+                return
+            start = match.end()
+        elif token in b"}]":
+            depth -= 1
+
+
+def splice(body: bytes, values: Mapping[str, bytes]) -> bytes:
+    """`body` with each key of `values` set to that raw JSON. Where a key stands twice, every one of them is set."""
+    absent = dict(values)
+    spans = []
+    for key, start, end in members(body):
+        if key in values:
+            spans.append((start, end, values[key]))
+            absent.pop(key, None)
+    return prepend(replace(body, spans), absent)
+
+
+def replace(body: bytes, spans: list[tuple[int, int, bytes]]) -> bytes:
+    """`body` with each half-open span (in order, apart) replaced."""
+    out: list[bytes] = []
+    at = 0
+    for start, end, value in spans:
+        out += (body[at:start], value)
+        at = end
+    return b"".join((*out, body[at:]))
+
+
+def prepend(body: bytes, values: Mapping[str, bytes]) -> bytes:
+    """`body` with these members first. HOT for one key: no scan. Only for keys that are known to be absent."""
+    if not values:
+        return body
+    at = body.index(b"{") + 1
+    new = b",".join(b'"%b":%b' % (key.encode(), value) for key, value in values.items())
+    rest = body[at:]
+    return b"%b%b%b%b" % (body[:at], new, b"" if rest.lstrip(_SPACE).startswith(b"}") else b",", rest)
+
+
+def _trim(body: bytes, start: int, end: int) -> tuple[int, int]:
+    while start < end and body[start] in _SPACE:
+        start += 1
+    while end > start and body[end - 1] in _SPACE:
+        end -= 1
+    return start, end
+
+
+def _text(key: bytes) -> str:
+    return msgspec.json.decode(key, type=str) if b"\\" in key else key[1:-1].decode()
