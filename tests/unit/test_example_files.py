@@ -57,10 +57,12 @@ def test_the_keys_that_the_examples_leave_out_load_as_they_are_shown(tmp_path: P
     for name in ("cortex", "neuron", "models"):
         text = LEFT_OUT.sub(r"\1", (CONFIG / f"{name}.example.toml").read_text())
         (tmp_path / f"{name}.toml").write_text(text)
-    cortex = load_cortex(tmp_path / "cortex.toml", {}, warn=refuse)
+    heard: list[str] = []
+    cortex = load_cortex(tmp_path / "cortex.toml", {}, warn=heard.append)
     assert (len(cortex.neurons), cortex.timeouts.first_byte_s) == (1, 600)
     assert len(load_neuron(tmp_path / "neuron.toml", {}, warn=refuse).default_models) == 1
-    catalogue = load_catalogue(tmp_path / "models.toml", warn=refuse)
+    catalogue = load_catalogue(tmp_path / "models.toml", warn=heard.append)
+    assert all("does not act on it" in warning for warning in heard)
     assert isinstance(catalogue, Catalogue)
     left_out = [f for f in ModelProfile.__struct_fields__ if getattr(catalogue.models[0], f) is None]
     assert left_out == []

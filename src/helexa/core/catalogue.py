@@ -15,6 +15,10 @@ from helexa.core.lifecycle import LoadRequest, ServingProfile
 from helexa.core.settings_file import Fault, Key
 
 
+# Wishes that wait for the part that will act on them.
+IDLE = frozenset({("models", k) for k in ("residency_priority", "ttl_s", "max_replicas", "preload", "vram_mb")})
+
+
 class ModelProfile(ServingProfile, frozen=True):
     """One [[models]] entry: the serving profile, which goes to the node as it is, and the gateway's own wishes."""
 
@@ -50,7 +54,7 @@ class Catalogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def load_catalogue(path: Path, warn: Callable[[str], None] = log_warning) -> Catalogue:
     """models.toml, checked. Raises ConfigError with everything that is wrong in it."""
-    catalogue = settings_file.read(Catalogue, path, legacy=is_legacy, rules=_rules, warn=warn)
+    catalogue = settings_file.read(Catalogue, path, legacy=is_legacy, idle=IDLE, rules=_rules, warn=warn)
     return Catalogue(models=catalogue.models, aliases={a: _end_of(a, catalogue.aliases) for a in catalogue.aliases})
 
 

@@ -26,6 +26,9 @@ __all__ = ["ConfigError", "CortexSettings", "NeuronSettings", "find_catalogue", 
 CORTEX_VARIABLES = frozenset({"CORTEX_URL", "CORTEX_CONFIG"})
 NEURON_VARIABLES = frozenset({"NEURON_CONFIG"})
 
+# Keys of the contract that wait for the part that will act on them. Taken, and told: silence would be a lie.
+IDLE = frozenset({("eviction", "strategy"), ("eviction", "defrag_after_cycles")})
+
 Seconds = Annotated[float, Meta(gt=0, le=604_800)]  # a week: whoever asks for more has mistaken the unit
 Grace = Annotated[float, Meta(ge=0, le=86_400)]
 Port = Annotated[int, Meta(ge=0, le=65_535)]  # 0: any free one
@@ -130,6 +133,7 @@ def load_cortex(path: Path | None, env: Mapping[str, str], warn: Callable[[str],
         prefix="CORTEX_",
         not_settings=CORTEX_VARIABLES,
         legacy=is_legacy,
+        idle=IDLE,
         rules=_cortex_rules,
         warn=warn,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -24,6 +24,7 @@ Warn = Callable[[str], None]
 
 _ENVIRONMENT = "environment"
 _UNKNOWN = "is not a known key"
+_NO_LIMIT = 2**31 - 1  # a bound that is there for the engine's integers, not for people
 _SECRET = frozenset({"token"})  # never shown back
 
 
@@ -66,6 +67,7 @@ def read(
     prefix: str = "",
     not_settings: frozenset[str] = frozenset(),
     legacy: Callable[[Key], bool] = lambda key: False,
+    idle: frozenset[tuple[str, ...]] = frozenset(),
     rules: Callable[[T], Iterable[Fault]] = lambda settings: (),
     warn: Warn,
 ) -> T:
@@ -73,6 +75,7 @@ def read(
 
     not_settings:  variables with the prefix that mean something else
     legacy:        says of an unknown key that it is an old one, to be dropped with a warning
+    idle:          known keys (list indices left out) that nothing acts on in this version; setting one is warned of
     """
     file = str(path) if path is not None else "settings"
     tree = _parse(path, file) if path is not None else {}
@@ -82,16 +85,30 @@ def read(
     dropped: list[Key] = []
     faults += (_moved(schema, fault) for fault in _walk(schema, tree, (), legacy, dropped))
     if dropped:
-        names = ", ".join(f"`{show(key, tree)}`" for key in dropped)
-        warn(f"{file}: {names} {'is' if len(dropped) == 1 else 'are'} not used by helexa; take the lines out")
+        warn(f"{file}: {_these(dropped, tree)} not used by helexa; take the lines out")
         for key in dropped:
             _remove(key, tree)
+    if without_effect := [key for key in _keys(tree) if tuple(p for p in key if isinstance(p, str)) in idle]:
+        warn(f"{file}: {_these(without_effect, tree)} read, but this version does not act on it")
     if not faults:
         settings = msgspec.convert(tree, schema)
         faults = list(rules(settings))
         if not faults:
             return settings
     raise ConfigError(_problem(fault, file, tree, from_env, prefix) for fault in faults)
+
+
+def _keys(tree: Any, at: Key = ()) -> Iterator[Key]:
+    """Every key of the tree, those of its tables included."""
+    below = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for part, value in below:
+        if isinstance(tree, dict):
+            yield (*at, part)
+        yield from _keys(value, (*at, part))
+
+
+def _these(keys: list[Key], tree: dict[str, Any]) -> str:
+    return ", ".join(f"`{show(key, tree)}`" for key in keys) + (" is" if len(keys) == 1 else " are")
 
 
 def _remove(key: Key, tree: Any) -> None:
@@ -330,10 +347,12 @@ def _bounds(meta: msgspec.Meta | None) -> str:
     if meta.min_length is not None:
         return " that is not empty"
     low = f"{meta.ge:,}" if meta.ge is not None else f"more than {meta.gt:,}" if meta.gt is not None else None
-    high = f"{meta.le:,}" if meta.le is not None else None
-    if low and high:
-        return f" from {low} to {high}" if meta.ge is not None else f", {low} and at most {high}"
-    return f", at least {low}" if meta.ge is not None else f", {low}" if low else f", at most {high}" if high else ""
+    if meta.le is None or meta.le >= _NO_LIMIT:
+        return f", at least {low}" if meta.ge is not None else f", {low}" if low else ""
+    high = f"{int(meta.le) if meta.le == int(meta.le) else meta.le:,}"
+    if low is None:
+        return f", at most {high}"
+    return f" from {low} to {high}" if meta.ge is not None else f", {low} and at most {high}"
 
 
 # --- keys and values, as a person reads them

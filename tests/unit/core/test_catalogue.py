@@ -37,7 +37,10 @@ def load(tmp_path: Path, text: str, warn: list[str] | None = None) -> Catalogue:
 
 
 def test_the_file_of_an_existing_user_loads_unchanged(tmp_path: Path) -> None:
-    catalogue = load(tmp_path, OF_AN_EXISTING_USER)
+    heard: list[str] = []
+    catalogue = load(tmp_path, OF_AN_EXISTING_USER, heard)
+    assert len(heard) == 1
+    assert "vram_mb` is read, but this version does not act on it" in heard[0]
     (model,) = catalogue.models
     assert (model.harness, model.quant, model.vram_mb, model.min_devices) == ("candle", "Q4_K_M", 19000, 2)
     assert (model.min_device_vram_mb, model.pinned_on) == (10000, ["beast"])
@@ -46,11 +49,13 @@ def test_the_file_of_an_existing_user_loads_unchanged(tmp_path: Path) -> None:
 
 
 def test_a_node_is_asked_with_the_whole_profile_and_not_with_the_gateways_wishes(tmp_path: Path) -> None:
-    catalogue = load(tmp_path, "[[models]]\nid = 'm'\nslots = 2\nkv_cache = 'q8_0'\nttl_s = 5\npinned_on = ['a']")
+    catalogue = load(
+        tmp_path, "[[models]]\nid = 'm'\nslots = 2\nkv_cache = 'q8_0'\ncost = { prompt = 1 }\npinned_on = ['a']"
+    )
     request = catalogue.models[0].load_request()
     assert (request.id, request.slots, request.kv_cache) == ("m", 2, "q8_0")
     assert set(ServingProfile.__struct_fields__) <= set(type(request).__struct_fields__)
-    assert not hasattr(request, "ttl_s")
+    assert not hasattr(request, "pinned_on")
 
 
 def test_an_alias_of_an_alias_leads_to_the_end(tmp_path: Path) -> None:
@@ -73,8 +78,8 @@ def test_an_old_key_of_a_model_is_taken_with_a_warning(tmp_path: Path) -> None:
         ("[[models]]\nid = ''", "[[models]] #1 id is missing or empty"),
         ('[[models]]\nid = "a\\n"', "id must be printable text without spaces around it"),
         ("[[models]]\nid = 'm'\n[[models]]\nid = 'm'", '[[models]] "m" id is described twice (entries 1 and 2)'),
-        ("[[models]]\nid = 'm'\nslots = 0", '[[models]] "m" slots must be a whole number from 1'),
-        ("[[models]]\nid = 'm'\ncontext = -1", "context must be a whole number from 1"),
+        ("[[models]]\nid = 'm'\nslots = 0", '[[models]] "m" slots must be a whole number, at least 1'),
+        ("[[models]]\nid = 'm'\ncontext = -1", "context must be a whole number, at least 1"),
         ("[[models]]\nid = 'm'\nharness = 'lama'", "did you mean 'llama'?"),
         ("[[models]]\nid = 'm'\nkv_cache = 'q8'", "did you mean 'q8_0'?"),
         ("[[models]]\nid = 'm'\ntask = 'chatt'", "did you mean 'chat'?"),

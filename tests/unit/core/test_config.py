@@ -66,7 +66,13 @@ def told(tmp_path: Path, text: str, program: str = "cortex", env: dict[str, str]
 
 
 def test_the_files_of_existing_users_load_unchanged(tmp_path: Path) -> None:
-    gateway = cortex(tmp_path, CORTEX_OF_AN_EXISTING_USER)
+    path = tmp_path / "cortex.toml"
+    path.write_text(CORTEX_OF_AN_EXISTING_USER)
+    heard: list[str] = []
+    gateway = load_cortex(path, {}, warn=heard.append)
+    assert heard == [
+        f"{path}: `[eviction] strategy`, `[eviction] defrag_after_cycles` are read, but this version does not act on it"
+    ]
     assert gateway.gateway.models_config == "/etc/cortex/models.toml"
     assert (gateway.eviction.strategy, gateway.eviction.defrag_after_cycles) == ("lru", 50)
     assert [(n.name, n.endpoint, n.token) for n in gateway.neurons] == [("beast", "http://beast.internal:13131", None)]
@@ -152,18 +158,21 @@ def test_each_mistake_in_cortex_toml_is_named_with_its_key_and_what_would_be_rig
         ("port = '13131'", 'neuron.toml: port must be a whole number from 0 to 65,535, not "13131"'),
         ("host = '0.0.0.0:13131'", "neuron.toml: host must be an address or a name"),
         ("isolation = 'proces'", 'isolation must be one of "process", "none", not "proces"; did you mean \'process\'?'),
-        ("memory_limit_mb = [0]", "memory_limit_mb[0] must be a whole number from 1"),
+        ("memory_limit_mb = [0]", "memory_limit_mb[0] must be a whole number, at least 1"),
         ("memory_limit_mb = 8000", "memory_limit_mb must be a list, each a whole number"),
         ("gguf_owners = ['a/b']", "gguf_owners[0] must be the name of a Hub account, without a slash"),
         ("token = 'a b'", "token must be printable ASCII without spaces"),
         ("token = ''", "token must be a text that is not empty"),
         ("[[default_models]]\nsource = 'x'", "[[default_models]] #1 model_id is missing or empty"),
-        ("[[default_models]]\nmodel_id = 'x'\nslots = 0", '[[default_models]] "x" slots must be a whole number from 1'),
+        (
+            "[[default_models]]\nmodel_id = 'x'\nslots = 0",
+            '[[default_models]] "x" slots must be a whole number, at least 1',
+        ),
         ("[[default_models]]\nmodel_id = 'x'\nquant = ''", '[[default_models]] "x" quant is empty'),
         ("[[default_models]]\nmodel_id = 'x'\nmodel = 'y'", '[[default_models]] "x" model names another model'),
         ("[[default_models]]\nmodel_id = 'x'\n[[default_models]]\nmodel = 'x'", "is loaded twice (entries 1 and 2)"),
         ("[[default_models]]\nmodel_id = 'x'\ndevices = [1, 1]", "devices names a device twice"),
-        ("[[default_models]]\nmodel_id = 'x'\ndevices = [-1]", "devices[0] must be a whole number from 0"),
+        ("[[default_models]]\nmodel_id = 'x'\ndevices = [-1]", "devices[0] must be a whole number, at least 0"),
         ("[[default_models]]\nmodel_id = 'x'\ncontxt = 1", "contxt is not a known key; did you mean 'context'?"),
     ],
 )
@@ -225,7 +234,9 @@ def test_the_environment_overrides_the_file_key_by_key(tmp_path: Path) -> None:
         "CORTEX_URL": "http://elsewhere:1",  # the command line's, not a setting
         "HOME": "/root",
     }
-    settings = cortex(tmp_path, CORTEX_OF_AN_EXISTING_USER, env)
+    path = tmp_path / "cortex.toml"
+    path.write_text(CORTEX_OF_AN_EXISTING_USER)
+    settings = load_cortex(path, env, warn=lambda message: None)
     assert settings.gateway.listen == "127.0.0.1:1"
     assert settings.gateway.metrics_listen == "0.0.0.0:31314"
     assert settings.drain_s == 1.5
@@ -363,9 +374,16 @@ def test_an_override_equals_the_same_value_in_the_file(tmp_path: Path, dotted: s
     written = f"[{section}]\n{name} = {toml(value)}" if section else f"{name} = {toml(value)}"
     variable = "CORTEX_" + dotted.upper().replace(".", "__")
     text = value if isinstance(value, str) else json.dumps(value)
-    assert cortex(tmp_path, written) == cortex(tmp_path, "", {variable: text})
+    path, nothing = tmp_path / "value.toml", tmp_path / "empty.toml"
+    path.write_text(written)
+    nothing.touch()
+
+    def loaded(path: Path, env: dict[str, str]) -> CortexSettings:
+        return load_cortex(path, env, warn=lambda message: None)
+
+    assert loaded(path, {}) == loaded(nothing, {variable: text})
     if isinstance(value, list) and all(isinstance(v, str) for v in value):
-        assert cortex(tmp_path, written) == cortex(tmp_path, "", {variable: ",".join(value)})
+        assert loaded(path, {}) == loaded(nothing, {variable: ",".join(value)})
 
 
 # --- where the catalogue is
