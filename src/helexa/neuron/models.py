@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 from collections.abc import Awaitable, Callable, Mapping
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -289,7 +290,7 @@ class Models:
 
     async def _load_default(self, request: LoadRequest) -> None:
         """Until it is loaded, or has failed for good. What the network may mend is tried again."""
-        for delay in (*RETRY_S, *iter(lambda: RETRY_S[-1], None)):
+        for delay in chain(RETRY_S, repeat(RETRY_S[-1])):
             try:
                 await self.load(request, wait=True, local_caller=True)
                 return
