@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -22,7 +23,7 @@ from helexa.neuron.store.cache import HubCache, HubFile
 from helexa.neuron.store.hub import Hub, Listing, retry_delay
 
 MB: Final = 1 << 20
-_CHUNK: Final = 1 << 20
+_CHUNK: Final = 256 << 10
 # A content network may refuse to send more than 50 GB in one answer (huggingface_hub's MAX_HTTP_DOWNLOAD_SIZE);
 # a range of it is always sent.
 _SLICE: Final = 16 << 30
@@ -141,78 +142,95 @@ class Download:
         blob = self._cache.blob(self._listing.repo, file)
         try:
             with blob.open("rb") as have:
-                digest, _ = self._hash(file, have)
+                part = Partial(file, have, self._cancel)
         except FileNotFoundError:
             return
-        if digest.hexdigest() != file.blob:
+        if part.wrong() is not None:
             blob.unlink()
 
-    def _hash(self, file: HubFile, have: BinaryIO) -> tuple[Any, int]:
-        """The digest so far of what is on disk, and how many bytes that is."""
-        digest = new_digest(file)
-        size = 0
-        while data := have.read(_CHUNK):
-            self._cancel.check()
-            digest.update(data)
-            size += len(data)
-        return digest, size
-
-    def _receive(self, file: HubFile, partial: Path, before: int) -> str | None:
+    def _receive(self, file: HubFile, path: Path, before: int) -> str | None:
         """Bring the partial file to its full size; None if it then has the right hash, else what is wrong."""
-        failures = 0
-        with partial.open("ab+") as out:
+        with path.open("ab+") as out:
             out.seek(0)
-            digest, have = self._hash(file, out)  # what an earlier run received
-            buffer = memoryview(bytearray(_CHUNK))
-            if have > file.size:
-                return f"{have} bytes instead of {file.size}"
-            self._meter.resumed(before + have)
-            while have < file.size:
-                problem = ""
-                delay: str | None = None
-                start = have
-                try:
-                    with self._hub.open(
-                        self._listing, file, have, min(file.size, have + _SLICE), self._cancel
-                    ) as response:
-                        if error := self._hub.refused(self._listing.repo, response.status, response.headers):
-                            raise error
-                        delay = response.headers.get("Retry-After")
-                        if response.status == 200 and have:  # ranges are not known here: from the beginning
-                            out.truncate(0)
-                            digest, have, start = new_digest(file), 0, 0
-                        if response.status == 206 and not starts_at(response.headers.get("Content-Range"), have):
-                            problem = "another range than asked for"
-                        elif response.status in (200, 206):
-                            while have < file.size and (n := response.readinto(buffer)):
-                                data = buffer[: min(n, file.size - have)]
-                                out.write(data)
-                                digest.update(data)
-                                have += len(data)
-                                self._meter.at(before + have)
-                        else:
-                            problem = f"status {response.status}"
-                except (http.Broken, http.Unreachable) as err:
-                    problem = str(err)
-                finally:
-                    out.flush()
-                if have >= file.size:
-                    break
-                if have > start:
-                    failures = 0
-                    if not problem and have - start == _SLICE:
-                        continue
-                failures += 1
+            part = Partial(file, out, self._cancel)
+            if part.have > file.size:
+                return part.wrong()
+            self._meter.resumed(before + part.have)
+            failures = 0
+            while part.have < file.size:
+                had = part.have
+                trouble = self._receive_slice(file, part, before)
+                if trouble is None:
+                    continue
+                failures = 1 if part.have > had else failures + 1
                 if failures >= _ATTEMPTS_WITHOUT_PROGRESS:
                     raise LoadFailed(
-                        f"the download of {file.name} from {self._listing.repo} broke off at {have} of {file.size} "
-                        f"bytes ({problem or 'the connection ended'}); ask again to go on from there",
+                        f"the download of {file.name} from {self._listing.repo} broke off at {part.have} of "
+                        f"{file.size} bytes ({trouble.what}); ask again to go on from there",
                         retry_after_s=30,
                     )
-                self._cancel.wait(retry_delay(failures - 1, self._hub.backoff_s, delay))
+                self._cancel.wait(retry_delay(failures - 1, self._hub.backoff_s, trouble.retry_after))
             os.fsync(out.fileno())
-        found = digest.hexdigest()
-        return None if found == file.blob else f"hash {found[:12]}... instead of {file.blob[:12]}..."
+        return part.wrong()
+
+    def _receive_slice(self, file: HubFile, part: Partial, before: int) -> _Trouble | None:
+        """One request's worth; None when all of it came."""
+        end = min(file.size, part.have + _SLICE)
+        try:
+            with self._hub.open(self._listing, file, part.have, end, self._cancel) as response:
+                if error := self._hub.refused(self._listing.repo, response.status, response.headers):
+                    raise error
+                if response.status == 200:  # ranges are not known here: the whole file, from the beginning
+                    part.restart()
+                    end = file.size
+                elif response.status != 206:
+                    return _Trouble(f"status {response.status}", response.headers.get("Retry-After"))
+                elif not starts_at(response.headers.get("Content-Range"), part.have):
+                    return _Trouble("another range came than was asked for")
+                while part.have < end and (data := response.read_some(min(_CHUNK, end - part.have))):
+                    part.append(data)
+                    self._meter.at(before + part.have)
+        except (http.Broken, http.Unreachable) as err:
+            return _Trouble(str(err))
+        return None if part.have == end else _Trouble("the connection ended")
+
+
+@dataclass(frozen=True, slots=True)
+class _Trouble:
+    what: str
+    retry_after: str | None = None
+
+
+class Partial:
+    """A file on its way: what of it is on disk, and the digest of that. Starts with what an earlier run received."""
+
+    def __init__(self, file: HubFile, disk: BinaryIO, cancel: http.Cancel) -> None:
+        self._file = file
+        self._disk = disk
+        self._digest = new_digest(file)
+        self.have = 0
+        while data := disk.read(_CHUNK):
+            cancel.check()
+            self._digest.update(data)
+            self.have += len(data)
+
+    def append(self, data: bytes) -> None:
+        self._disk.write(data)
+        self._digest.update(data)
+        self.have += len(data)
+
+    def restart(self) -> None:
+        if self.have:
+            self._disk.truncate(0)
+            self._digest = new_digest(self._file)
+            self.have = 0
+
+    def wrong(self) -> str | None:
+        """Why this is not the file; None if it is."""
+        if self.have != self._file.size:
+            return f"{self.have} bytes instead of {self._file.size}"
+        found = self._digest.hexdigest()
+        return None if found == self._file.blob else f"hash {found[:12]}... instead of {self._file.blob[:12]}..."
 
 
 class Meter:

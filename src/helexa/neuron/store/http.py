@@ -89,10 +89,10 @@ class Response:
         self._cancel.watch_none()
         self._connection.close()
 
-    def readinto(self, buffer: memoryview) -> int:
-        """Bytes read; 0 at the end, which a broken connection may bring early."""
+    def read_some(self, limit: int) -> bytes:
+        """What is there, at least a byte; b"" at the end, which a broken connection may bring early."""
         with _as_broken(self._connection.host, self._cancel):
-            return self._response.readinto(buffer)
+            return self._response.read1(limit)
 
     def read(self, limit: int) -> bytes:
         with _as_broken(self._connection.host, self._cancel):
