@@ -88,12 +88,12 @@ def read(
         warn(f"{file}: {_these(dropped, tree)} not used by helexa; take the lines out")
         for key in dropped:
             _remove(key, tree)
-    if without_effect := [key for key in _keys(tree) if tuple(p for p in key if isinstance(p, str)) in idle]:
-        warn(f"{file}: {_these(without_effect, tree)} read, but this version does not act on it")
     if not faults:
         settings = msgspec.convert(tree, schema)
         faults = list(rules(settings))
         if not faults:
+            if without_effect := [key for key in _keys(tree) if tuple(p for p in key if isinstance(p, str)) in idle]:
+                warn(f"{file}: {_these(without_effect, tree)} read, but this version does not act on it")
             return settings
     raise ConfigError(_problem(fault, file, tree, from_env, prefix) for fault in faults)
 
