@@ -42,7 +42,7 @@ NEXT: Final[dict[ModelStatus, frozenset[ModelStatus]]] = {
 # Bounds are checked wherever a profile is decoded: in models.toml, in `default_models`, and in a request's body.
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 NotNegative = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-Share = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
 
 class ServingProfile(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, forbid_unknown_fields=True):

@@ -43,9 +43,13 @@ def faults(profile: ServingProfile, at: Key) -> Iterator[Fault]:
             yield Fault((*at, "devices"), f"names a device twice: {devices}")
         if ranks is not None and devices and len(devices) != ranks:
             yield Fault((*at, "devices"), f"names {len(devices)} for tensor_parallel = {ranks}")
-    if shares is not None and len(shares) != (ranks or len(devices or shares)):
-        wanted = ranks or len(devices or shares)
-        yield Fault((*at, "shares"), f"has {len(shares)} values for {wanted} devices")
+    if shares is not None:
+        if devices is None:
+            yield Fault((*at, "shares"), "needs devices, one share for each")
+        elif len(shares) != len(devices):
+            yield Fault((*at, "shares"), f"has {len(shares)} values for {len(devices)} devices")
+        if not any(shares):
+            yield Fault((*at, "shares"), "gives no device anything")
     for name in ("lora", "capabilities"):
         values = getattr(profile, name)
         if values is not None and (len(set(values)) != len(values) or not all(v.strip() for v in values)):
