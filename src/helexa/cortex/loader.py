@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from typing import Final
@@ -97,11 +98,13 @@ class Loader:
         finally:
             if self._waiters.pop(exchange_id, None) is not None:
                 self._feed(swapper.Left(model_id, exchange_id))
+            elif future.done() and not future.cancelled():
+                future.exception()  # seen, also where a cancel came in the same moment
 
     def progress(self, model_id: str) -> bytes | None:
         """How a load stands, for heartbeats: b"loading qwen on beast: 43 %". None where nobody waits for one."""
         pursuit = self._state.wanted.get(model_id)
-        if pursuit is None:
+        if pursuit is None or not pursuit.waiters:
             return None
         if pursuit.node is None:
             return _line(f"waiting for a node that can load {model_id}")
@@ -150,7 +153,8 @@ class Loader:
     async def stop(self) -> None:
         """Everybody who waits is refused; loads go on at their nodes, unfollowed."""
         self._stopped = True
-        self._fleet.on_change.remove(self._changed)
+        if self._changed in self._fleet.on_change:
+            self._fleet.on_change.remove(self._changed)
         if self._timer is not None:
             self._timer.cancel()
         self._refuse(tuple(self._waiters), _shutting_down)
@@ -258,7 +262,19 @@ class Loader:
         return failure
 
     async def _order(self, model_id: str, node: Node) -> Failure | None:
-        """POST /models/load. None: it is loaded or under way."""
+        """POST /models/load, given up where the node dies over it. None: it is loaded or under way."""
+        order = asyncio.create_task(self._post_load(model_id, node))
+        try:
+            with self._watching(model_id) as changed:
+                order.add_done_callback(lambda _: changed.set())
+                while not order.done() and node.state != "down":
+                    changed.clear()
+                    await changed.wait()
+            return order.result() if order.done() else _gone(node)
+        finally:
+            order.cancel()
+
+    async def _post_load(self, model_id: str, node: Node) -> Failure | None:
         profile, listed = self._fleet.profiles.get(model_id), node.models.get(model_id)
         if profile is not None:
             request = profile.load_request()
@@ -283,16 +299,13 @@ class Loader:
 
     async def _follow(self, model_id: str, node: Node) -> Failure | None:
         """Until the fleet's view says that it is loaded, or will not be."""
-        changed = asyncio.Event()
-        followers = self._followers.setdefault(model_id, set())
-        followers.add(changed)
-        try:
+        with self._watching(model_id) as changed:
             while True:
                 info, status = node.models.get(model_id), _status(node, model_id)
                 if status is ModelStatus.LOADED:
                     return None
                 if node.state == "down":
-                    return Failure(node.name, Kind.GONE, f"died during the load ({node.last_error})")
+                    return _gone(node)
                 if status is ModelStatus.FAILED:
                     reason = info.error if info is not None and info.error else "the load failed, without a reason"
                     return Failure(node.name, Kind.FAILED, reason)
@@ -301,6 +314,15 @@ class Loader:
                     return Failure(node.name, Kind.FAILED, f"gave up the load: {why}")
                 changed.clear()
                 await changed.wait()
+
+    @contextmanager
+    def _watching(self, model_id: str) -> Iterator[asyncio.Event]:
+        """An event that is set with each change of the model or of a node."""
+        changed = asyncio.Event()
+        followers = self._followers.setdefault(model_id, set())
+        followers.add(changed)
+        try:
+            yield changed
         finally:
             followers.discard(changed)
             if not followers:
@@ -408,6 +430,10 @@ class Loader:
 def _status(node: Node, model_id: str) -> ModelStatus | None:
     info = node.models.get(model_id)
     return info.parsed_status if info is not None else None
+
+
+def _gone(node: Node) -> Failure:
+    return Failure(node.name, Kind.GONE, f"died during the load ({node.last_error})")
 
 
 def _preference(candidate: tuple[Node, ModelInfo | None]) -> tuple[bool, bool, bool, bool, int]:
