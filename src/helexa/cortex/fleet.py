@@ -22,11 +22,11 @@ from helexa.core import logs
 from helexa.core.catalogue import Catalogue, ModelProfile
 from helexa.core.config import CortexSettings, NeuronEntry
 from helexa.core.discovery import DeviceHealth, Discovery, NodeHealth
-from helexa.core.errors import ModelNotFound, NoNode, nearest
+from helexa.core.errors import ModelNotFound, NoNode
 from helexa.core.lifecycle import ModelInfo, ModelStatus
 from helexa.core.relay.upstream import Upstream
 from helexa.cortex.listing import Holding, entry, status_rank
-from helexa.cortex.names import Names
+from helexa.cortex.names import Names, closest
 
 log = logs.get("cortex.fleet")
 
@@ -408,7 +408,7 @@ class Fleet:
                 f"{shown!r} is an alias of {model_id!r}, which no node and no catalogue knows", param="model"
             )
         known = [*self._names.aliases, *self.profiles, *(self._where.keys() - self.profiles.keys())]
-        close = nearest(shown, known)
+        close = closest(shown, known)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "GET /v1/models lists what there is."
         return ModelNotFound(f"no model is called {shown!r}; {hint}", param="model")
 

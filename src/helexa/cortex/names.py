@@ -6,10 +6,16 @@ that names the same file has an id of its own. Here the two are found to be one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import lru_cache
+from heapq import nlargest
+from typing import Final
 
 from helexa.core.catalogue import Catalogue, ModelProfile
+from helexa.core.errors import nearest
 from helexa.core.lifecycle import ModelInfo
+
+SHORTLIST: Final = 24
 
 
 class Names:
@@ -55,3 +61,21 @@ def _references(profile: ModelProfile) -> Iterator[str]:
         if profile.quant is not None and ":" not in base:
             yield f"{base}:{profile.quant}"
             yield f"{base}-GGUF:{profile.quant}"
+
+
+def closest(name: str, known: Collection[str]) -> list[str]:
+    """The known names most like `name`, best first. Anybody can ask for a name that is none, as often as he likes, and
+    a close look at 2,000 names takes 50 ms: only those that share most pairs of letters are looked at closely (1 ms).
+    """
+    if len(known) > SHORTLIST:
+        wanted = _pairs(name)
+        known = nlargest(SHORTLIST, known, key=lambda k: len(wanted & _pairs_of_known(k)))
+    return nearest(name, list(known))
+
+
+def _pairs(name: str) -> frozenset[str]:
+    lower = name.lower()
+    return frozenset(lower[i : i + 2] for i in range(len(lower) - 1))
+
+
+_pairs_of_known = lru_cache(maxsize=8192)(_pairs)  # not for what callers ask: they would push the known ones out

@@ -26,17 +26,17 @@ def choose(replicas: Sequence[Replica], tried: Collection[str], rng: Random) -> 
 
 def _fewest(replicas: Sequence[Replica], tried: Collection[str], rng: Random, state: str) -> Replica | None:
     # HOT, once per request and replica. Bench: bench/gateway.
-    best: Replica | None = None
-    least = ties = 0
+    best: list[Replica] = []
+    least = 0
     for replica in replicas:
         node = replica.node
         if node.state != state or (tried and node.name in tried):
             continue
         inflight = replica.inflight
-        if best is None or inflight < least:
-            best, least, ties = replica, inflight, 1
+        if not best or inflight < least:
+            best, least = [replica], inflight
         elif inflight == least:
-            ties += 1  # reservoir sampling: the n-th of equals takes the place with a chance of 1/n
-            if rng.random() * ties < 1:
-                best = replica
-    return best
+            best.append(replica)
+    if len(best) > 1:
+        return best[int(rng.random() * len(best))]
+    return best[0] if best else None
