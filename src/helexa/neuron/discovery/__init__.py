@@ -10,14 +10,13 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from helexa.core.discovery import Device, DeviceHealth, Discovery
 from helexa.neuron.discovery import cpu, nvml, smi
 from helexa.neuron.discovery.faults import MISMATCH, DriverMismatch, NoGpu
-
-PCI_DEVICES = Path("/sys/bus/pci/devices")
-PROC_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,22 +59,23 @@ class Probe:
         self._reading.close()
 
 
-def discover() -> Probe:
-    """NVML, else `nvidia-smi`, else the CPU; never raises."""
+def discover(*, load_nvml: Callable[[], Any] = nvml.load, root: Path = Path("/")) -> Probe:
+    """NVML, else `nvidia-smi`, else the CPU; never raises. root is where /proc and /sys are."""
     why: list[str] = []
-    for look in (_through_nvml, _through_smi):
+    ways: tuple[Callable[[], Reading], ...] = (partial(_through_nvml, load_nvml), _through_smi)
+    for look in ways:
         try:
             return Probe(look())
         except DriverMismatch:
-            return Probe(_mismatched())
+            return Probe(_mismatched(root))
         except NoGpu as err:
             why.append(str(err))
-    return Probe(_on_cpu(why[0] if has_nvidia_card(PCI_DEVICES) else None))
+    return Probe(_on_cpu(root, why[0] if has_nvidia_card(root) else None))
 
 
-def has_nvidia_card(pci_devices: Path) -> bool:
+def has_nvidia_card(root: Path) -> bool:
     """A display controller (PCI class 03) of NVIDIA is in the machine, whatever its driver does."""
-    for device in pci_devices.glob("*"):
+    for device in (root / "sys/bus/pci/devices").glob("*"):
         try:
             vendor = (device / "vendor").read_text().strip()
             pci_class = (device / "class").read_text().strip()
@@ -86,10 +86,10 @@ def has_nvidia_card(pci_devices: Path) -> bool:
     return False
 
 
-def cards_of_kernel(proc_gpus: Path, error: str) -> list[Device]:
+def cards_of_kernel(root: Path, error: str) -> list[Device]:
     """The cards as the kernel module names them, for when the library cannot: each bears `error`."""
     devices = []
-    for index, folder in enumerate(sorted(proc_gpus.glob("*"))):
+    for index, folder in enumerate(sorted((root / "proc/driver/nvidia/gpus").glob("*"))):
         try:
             text = (folder / "information").read_text()
         except OSError:
@@ -103,8 +103,8 @@ def cards_of_kernel(proc_gpus: Path, error: str) -> list[Device]:
     return devices
 
 
-def _through_nvml() -> Reading:
-    library = nvml.Library(nvml.load())
+def _through_nvml(load: Callable[[], Any]) -> Reading:
+    library = nvml.Library(load())
     return Reading(
         devices=library.devices,
         health=library.health,
@@ -121,8 +121,8 @@ def _through_smi() -> Reading:
     )
 
 
-def _mismatched() -> Reading:
-    devices = cards_of_kernel(PROC_GPUS, MISMATCH)
+def _mismatched(root: Path) -> Reading:
+    devices = cards_of_kernel(root, MISMATCH)
     return Reading(
         devices=devices,
         health=lambda: [DeviceHealth(index=d.index, error=d.error) for d in devices],
@@ -131,8 +131,8 @@ def _mismatched() -> Reading:
     )
 
 
-def _on_cpu(driver_fault: str | None) -> Reading:
-    host = cpu.Host(Path("/"), os.getpid())
+def _on_cpu(root: Path, driver_fault: str | None) -> Reading:
+    host = cpu.Host(root, os.getpid())
     error = None
     if driver_fault is not None:
         error = (

@@ -81,7 +81,7 @@ class Library:
         try:
             handle = n.nvmlDeviceGetHandleByIndex(card)
             name = n.nvmlDeviceGetName(handle)
-            memory = n.nvmlDeviceGetMemoryInfo(handle)
+            memory = self._memory(handle)
         except n.NVMLError as err:
             self._add(Device(index=index, name=f"GPU {card}", kind="cuda", error=self._card_error(err)), _Place(card))
             return
@@ -93,7 +93,7 @@ class Library:
                 name=name,
                 kind="cuda",
                 uuid=self._ask(n.nvmlDeviceGetUUID, handle),
-                vram_total_mb=memory.total // MB,
+                vram_total_mb=memory.total // MB if memory else None,
                 compute_capability=compute,
             )
             self._add(device, _Place(card))
@@ -125,6 +125,15 @@ class Library:
         self.devices.append(device)
         self._places.append(place)
 
+    def _memory(self, handle: Any) -> Any:
+        """None on chips that share the host's memory (GB10, Jetson); any other failure is one of the whole card."""
+        try:
+            return self._nvml.nvmlDeviceGetMemoryInfo(handle)
+        except self._nvml.NVMLError as err:
+            if err.value == self._nvml.NVML_ERROR_NOT_SUPPORTED:
+                return None
+            raise
+
     def _mig_is_on(self, handle: Any) -> bool:
         mode = self._ask(self._nvml.nvmlDeviceGetMigMode, handle)  # (current, pending); not supported: None
         return mode is not None and mode[0] == self._nvml.NVML_DEVICE_MIG_ENABLE
@@ -135,14 +144,14 @@ class Library:
             card = handle = n.nvmlDeviceGetHandleByIndex(place.card)
             if place.instance is not None:
                 handle = n.nvmlDeviceGetMigDeviceHandleByIndex(card, place.instance)
-            memory = n.nvmlDeviceGetMemoryInfo(handle)
+            memory = self._memory(handle)
         except n.NVMLError as err:
             return DeviceHealth(index=device.index, error=self._card_error(err))
         busy = self._ask(n.nvmlDeviceGetUtilizationRates, handle)  # not supported on a MIG instance
         return DeviceHealth(
             index=device.index,
-            vram_used_mb=memory.used // MB,
-            vram_free_mb=memory.free // MB,
+            vram_used_mb=memory.used // MB if memory else None,
+            vram_free_mb=memory.free // MB if memory else None,
             utilization_pct=busy.gpu if busy else None,
             temp_c=self._ask(n.nvmlDeviceGetTemperature, card, n.NVML_TEMPERATURE_GPU),
             error=device.error,

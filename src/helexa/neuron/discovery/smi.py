@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -40,7 +40,9 @@ _OLD_FIELDS: Final = tuple(f for f in FIELDS if f not in ("compute_cap", "mig.mo
 _TIMEOUT_S: Final = 20  # loading the driver for the first time takes some seconds without persistence mode
 
 # "...handle for GPU 0000:0B:00.0: Unknown Error"; newer drivers write "GPU0: 0000:0B:00.0: Unknown Error".
-_LOST = re.compile(r"Unable to determine the device handle for GPU\s*(?P<place>.+): (?P<why>[^:]+)$")
+_LOST = re.compile(
+    r"Unable to determine the device handle for GPU\s*(?:\d+: )?(?P<place>\S+): (?P<why>.+)", re.IGNORECASE
+)
 _CARD = re.compile(r"^GPU (?P<index>\d+): (?P<name>.+?) \(UUID: (?P<uuid>GPU-[^)]+)\)")
 _INSTANCE = re.compile(r"^\s+MIG (?P<profile>\S+)\s+Device\s+(?P<index>\d+): \(UUID: (?P<uuid>MIG-[^)]+)\)")
 _CUDA = re.compile(r"^CUDA (?:UMD )?Version\s*:\s*(?P<version>\d+\.\d+)", re.MULTILINE)
@@ -82,7 +84,7 @@ class Listing:
 
     cards: list[str] = field(default_factory=list)  # UUIDs
     instances: dict[int, list[tuple[str, str]]] = field(default_factory=dict)  # (profile, uuid)
-    lost: list[str] = field(default_factory=list)
+    lost: dict[str, str] = field(default_factory=dict)  # PCI address -> why
 
 
 class Tool:
@@ -119,7 +121,7 @@ class Tool:
         for uuid in listing.cards:
             if uuid not in seen:
                 cards += parse_cards(self._query(names, uuid)[1], names)
-        cards += lost_cards(cards, [*listing.lost, *parse_lost(out)])
+        cards += lost_cards(cards, listing.lost | parse_lost(out))
         if not cards:
             raise NoGpu(f"nvidia-smi lists no GPU ({out.strip().splitlines()[-1] if out.strip() else 'no output'})")
         return cards, join_instances(listing, parse_instance_memory(text)), text
@@ -197,13 +199,13 @@ def parse_listing(out: str) -> Listing:
     return listing
 
 
-def parse_lost(out: str) -> list[str]:
-    """Sentences for "Unable to determine the device handle for GPU 0000:0B:00.0: Unknown Error" lines."""
-    return [
-        f"the driver cannot open the GPU at {found['place'].strip()} ({found['why'].strip()}); see `dmesg`, or reboot"
+def parse_lost(out: str) -> dict[str, str]:
+    """PCI address -> sentence, of "Unable to determine the device handle for GPU 0000:0B:00.0: ..." lines."""
+    return {
+        found["place"]: f"the driver cannot open the GPU at {found['place']} ({found['why'].strip()}); see `dmesg`"
         for found in map(_LOST.search, out.splitlines())
         if found
-    ]
+    }
 
 
 def parse_cuda_version(text: str) -> str | None:
@@ -244,11 +246,11 @@ def join_instances(listing: Listing, memory: list[list[dict[str, int]]]) -> dict
     return joined
 
 
-def lost_cards(cards: Sequence[Card], reasons: Sequence[str]) -> list[Card]:
+def lost_cards(cards: Sequence[Card], lost: Mapping[str, str]) -> list[Card]:
     """Cards that are named only in an error line get the indices that no row has."""
     taken = {c.index for c in cards}
-    free = (i for i in range(len(taken) + len(reasons)) if i not in taken)
-    return [Card(index=i, name=f"GPU {i}", error=why) for i, why in zip(free, dict.fromkeys(reasons), strict=False)]
+    free = (i for i in range(len(taken) + len(lost)) if i not in taken)
+    return [Card(index=i, name=f"GPU {i}", error=lost[place]) for i, place in zip(free, sorted(lost), strict=False)]
 
 
 def combine(cards: Sequence[Card], instances: dict[int, list[Instance]]) -> tuple[list[Device], list[DeviceHealth]]:
