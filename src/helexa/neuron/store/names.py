@@ -9,7 +9,7 @@ from typing import Final
 
 # Hub names: letters, digits, "-", "_", "."; no leading dot, no "--" and no ".." (huggingface_hub's own rule).
 _REF = re.compile(
-    r"^(?P<owner>[A-Za-z0-9_][A-Za-z0-9._-]*)/(?P<name>[A-Za-z0-9_][A-Za-z0-9._-]*)(?::(?P<tag>[^/:\s][^:\s]*))?$"
+    r"^(?P<owner>[A-Za-z0-9_][A-Za-z0-9._-]*)/(?P<name>[A-Za-z0-9_][A-Za-z0-9._-]*)(?::(?P<tag>[^/:\s]+))?$"
 )
 _PASTED: Final = ("https://huggingface.co/", "https://hf.co/", "huggingface.co/", "hf.co/")
 _SPLIT = re.compile(r"^(?P<stem>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})$")
