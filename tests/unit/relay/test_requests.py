@@ -205,6 +205,8 @@ BODIES: list[tuple[bytes, str | None]] = [
     (b"[]", None),
     (b'{"model":', None),
     (b"\xff\xfe", None),
+    (b'{"model":"\xff"}', None),
+    (b'{"model":"a","x":' + b"[" * 100_000, None),
     (b'{"messages":[]}', "model"),
     (b'{"model":null}', "model"),
     (b'{"model":""}', "model"),

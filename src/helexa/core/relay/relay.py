@@ -273,29 +273,27 @@ class Pair:
     def _begin_answer(self, connection: Connection) -> None:
         """The head is complete: which kind of answer is it?"""
         route = cast("Route", self.route)
-        status = connection.status
         self._mend = route.mend
-        lower = connection.head.lower()
-        if status >= 400:
+        head, kind, length, chunked = wire.answer_head(connection.head)
+        connection.framed = chunked or length is not None
+        self._held_head = head
+        if connection.status >= 400:
             self.phase = Phase.ERROR
-        elif self.exchange.stream and b"\r\ncontent-type: text/event-stream" in lower:
+        elif self.exchange.stream and kind.startswith(b"text/event-stream"):
             self.phase = Phase.STREAM
             self._cut = route.cut_usage and not self.exchange.wants_usage
             self._first_event = route.first_event
-            self._raw_ok = self._chunked and self._mend is None and b"\r\ntransfer-encoding:" in lower
-            self._held_head = wire.status_line(status) + wire.passed_back(connection.head)
+            self._raw_ok = self._chunked and self._mend is None and chunked
         elif self.head_sent:
             connection.abort()
             self._attempt_failed(UpstreamError(f"{route.upstream.name} answered a stream request with no stream"))
         else:
             self.phase = Phase.WHOLE
-            self._held_head = wire.status_line(status) + wire.passed_back(connection.head)
-            length = wire.value_of(connection.head, lower, b"content-length:")
-            self._raw_ok = self._mend is None and (length is not None or self._chunked) and connection.framed
-            if self._raw_ok and length is not None:
-                self._held_head += b"content-length: " + length + b"\r\n"
-            elif self._raw_ok:
-                self._held_head += b"transfer-encoding: chunked\r\n"
+            self._raw_ok = self._mend is None and (length is not None or (chunked and self._chunked))
+            if self._raw_ok:
+                self._held_head += (
+                    b"transfer-encoding: chunked\r\n" if length is None else b"content-length: %b\r\n" % length
+                )
 
     # an answer in one piece
 
@@ -444,7 +442,7 @@ class Pair:
         """The upstream answered >= 400 and its body is here (at most MAX_ERROR_BODY of it)."""
         route = cast("Route", self.route)
         body = b"".join(self._body)
-        status, head = connection.status, connection.head
+        status = connection.status
         self.connection = None
         connection.release()
         error = self.director.refused(self.exchange, route, status, body)
@@ -458,8 +456,7 @@ class Pair:
             self._end_stream()
         else:
             self.exchange.error = UpstreamError(f"{route.upstream.name} answered {status}")
-            passed = wire.status_line(status) + wire.passed_back(head)
-            self._send_head(passed + b"content-length: %d\r\n" % len(body), body)
+            self._send_head(self._held_head + b"content-length: %d\r\n" % len(body), body)
             self._over(keep=True)
 
     def _broken(self, connection: Connection, err: Exception) -> None:

@@ -5,14 +5,18 @@ Pure. Everything is found in decoded body bytes, in the neuron's chat dialect.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
 
+from helexa.core.bodies import try_decode
 from helexa.core.relay.contract import Exchange, Usage
 
 _USAGE = b'"usage":'
+_TIMINGS = b'"timings":'
 _FINISH = b'"finish_reason":"'
+_OBJECT = re.compile(rb"\s*(\{(?:[^{}]|\{[^{}]*\})*\})")
 
 
 class _PromptDetails(msgspec.Struct):
@@ -75,8 +79,9 @@ class Chunk(msgspec.Struct):
         return self.usage is not None and not self.choices
 
 
-_decode_chunk = msgspec.json.Decoder(Chunk).decode
-_decode_usage = msgspec.json.Decoder(_Usage).decode
+_chunks = msgspec.json.Decoder(Chunk)
+_usages = msgspec.json.Decoder(_Usage)
+_timings = msgspec.json.Decoder(dict[str, Any])
 
 
 def chunk_of(block: bytes) -> Chunk | None:
@@ -84,10 +89,7 @@ def chunk_of(block: bytes) -> Chunk | None:
     start = block.find(b"data:")
     if start < 0 or (start and block[start - 1] != 0x0A):
         return None
-    try:
-        return _decode_chunk(block[start + 5 :].strip())
-    except msgspec.MsgspecError:
-        return None
+    return try_decode(_chunks, block[start + 5 :].strip())
 
 
 def is_only_comment(block: bytes) -> bool:
@@ -98,7 +100,7 @@ def is_only_comment(block: bytes) -> bool:
 def settle_stream(exchange: Exchange, tail: bytes) -> None:
     """Fill usage, finish reason and timings from the last events of a stream; `tail` may begin inside an event."""
     for block in tail.split(b"\n\n")[-6:]:
-        if (_USAGE in block or b'"finish_reason":' in block or b'"timings":' in block) and (found := chunk_of(block)):
+        if (_USAGE in block or b'"finish_reason":' in block or _TIMINGS in block) and (found := chunk_of(block)):
             note(exchange, found)
 
 
@@ -116,29 +118,17 @@ def note(exchange: Exchange, found: Chunk) -> None:
 def settle_whole(exchange: Exchange, tail: bytes) -> None:
     """The same from the end of an answer in one piece; `tail` may lack its beginning (embeddings are megabytes)."""
     if (raw := _object_after(tail, _USAGE)) is not None:
-        try:
-            exchange.usage = _decode_usage(raw).known()
-        except msgspec.MsgspecError:
-            pass
-    if (raw := _object_after(tail, b'"timings":')) is not None:
-        try:
-            exchange.timings = msgspec.json.decode(raw, type=dict[str, Any])
-        except msgspec.MsgspecError:
-            pass
+        usage = try_decode(_usages, raw)
+        exchange.usage = usage.known() if usage is not None else None
+    if _TIMINGS in tail and (raw := _object_after(tail, _TIMINGS)) is not None:
+        exchange.timings = try_decode(_timings, raw)
     if (at := tail.rfind(_FINISH)) >= 0:
         end = tail.find(b'"', at + len(_FINISH))
         exchange.finish_reason = tail[at + len(_FINISH) : end].decode("utf-8", "replace") if end > 0 else None
 
 
 def _object_after(tail: bytes, key: bytes) -> bytes | None:
-    """The object behind the last `key`. An unescaped `"usage":` cannot stand inside a JSON string."""
+    """The object (of objects at most) behind the last `key`. An unescaped `"usage":` cannot stand in a JSON string."""
     at = tail.rfind(key)
-    start = tail.find(b"{", at + len(key), at + len(key) + 8) if at >= 0 else -1
-    if start < 0:
-        return None
-    depth = 0
-    for i in range(start, min(len(tail), start + 4096)):
-        depth += (tail[i] == 0x7B) - (tail[i] == 0x7D)
-        if depth == 0:
-            return tail[start : i + 1]
-    return None
+    found = _OBJECT.match(tail, at + len(key)) if at >= 0 else None
+    return found.group(1) if found is not None else None

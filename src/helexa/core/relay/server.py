@@ -17,6 +17,7 @@ import httptools
 import msgspec
 
 from helexa.core import logs
+from helexa.core.bodies import NOT_JSON, explain
 from helexa.core.config import Limits, Timeouts
 from helexa.core.errors import (
     BadRequest,
@@ -344,7 +345,7 @@ class ClientConnection(asyncio.Protocol):
         length = wire.value_of(self.head, self._lower, b"content-length:")
         if length is not None and int(length) > self.server.body_limit:
             self._refusal = self._too_large(int(length))
-        elif wire.value_of(self.head, self._lower, b"expect:") is not None and self.http11:
+        elif b"\r\nexpect:" in self._lower and self.http11:
             self.write(wire.CONTINUE)
 
     def _too_large(self, size: int) -> HelexaError:
@@ -372,7 +373,7 @@ class ClientConnection(asyncio.Protocol):
         parts = self._parts
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         self._parts = []
-        given = wire.value_of(self.head, self._lower, b"x-request-id:")
+        given = wire.value_of(self.head, self._lower, b"x-request-id:") if b"x-request-id" in self._lower else None
         request_id = given.decode() if given is not None and wire.good_request_id(given) else server.new_id()
         endpoint = server.endpoints.get(target.partition(b"?")[0]) if method == b"POST" else None
         if endpoint is not None:
@@ -394,8 +395,8 @@ class ClientConnection(asyncio.Protocol):
         model, stream, wants_usage, gateway_usage = "", False, False, False
         try:
             peek = _peek(body)
-        except msgspec.MsgspecError as err:
-            error = error or _body_error(err)
+        except NOT_JSON as err:
+            error = error or explain(err)
         else:
             model = peek.model or ""
             stream = peek.stream is True
@@ -528,15 +529,3 @@ class ClientConnection(asyncio.Protocol):
 
 def _nowhere(data: bytes) -> None:
     """Writes of a connection that is gone."""
-
-
-def _body_error(err: msgspec.MsgspecError) -> BadRequest:
-    """What is wrong with a body, and the field: msgspec ends its messages with the path ("- at `$.model`")."""
-    text = str(err)
-    if not isinstance(err, msgspec.ValidationError):
-        return BadRequest(f"The body is not valid JSON: {text}")
-    what, _, where = text.partition(" - at `$")
-    param = where.rstrip("`").lstrip(".") or None
-    if param is None:
-        return BadRequest(f"The body is not what was expected: {what}")
-    return BadRequest(f"`{param}`: {what[:1].lower()}{what[1:]}", param=param)

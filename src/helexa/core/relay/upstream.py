@@ -17,6 +17,8 @@ from urllib.parse import urlsplit
 import httptools
 import msgspec
 
+from helexa.core.relay.wire import answer_head
+
 _HIGH_WATER = 256 << 10  # decoded bytes a reader of `stream` may leave unread before its connection is paused
 
 
@@ -41,7 +43,8 @@ class Connection(asyncio.Protocol):
     """One connection, and where in a response it stands.
 
     parts:     decoded body bytes of the reads since the owner last took them
-    in_chunk:  inside a chunk or its size line, so that nothing of ours may be written between
+    in_chunk:  inside a chunk
+    framed:    the head announced a length or chunks; set by the owner, which reads the head
     """
 
     __slots__ = (
@@ -158,8 +161,6 @@ class Connection(asyncio.Protocol):
                 raw = raw[end + 4 :]
                 end = raw.index(b"\r\n\r\n")
             self.head, self.rest, self.head_raw = raw[: end + 4], raw[end + 4 :], b""
-            lower = self.head.lower()
-            self.framed = b"\r\ntransfer-encoding:" in lower or b"\r\ncontent-length:" in lower
         elif len(self.head_raw) > 64 << 10:
             raise UpstreamClosed("a response head of over 64 kB")
 
@@ -382,6 +383,8 @@ class Call:
         if not self._connection.headers_done:
             raise self._error or UpstreamClosed("closed")
         self.status = self._connection.status
+        _, _, length, chunked = answer_head(self._connection.head)
+        self._connection.framed = chunked or length is not None
         for line in self._connection.head.split(b"\r\n")[1:]:
             name, _, value = line.partition(b":")
             if name:

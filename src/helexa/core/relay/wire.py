@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Final
 
@@ -70,12 +71,14 @@ def refusal(head: bytes, lower: bytes, version: str, *, upgrade: bool) -> Helexa
             return VersionNotSupported("Transfer-Encoding does not exist in HTTP/1.0; use HTTP/1.1")
         if lower.count(b"\r\ntransfer-encoding:") > 1 or value_of(head, lower, b"transfer-encoding:") != b"chunked":
             return BadRequest("Transfer-Encoding: only a single `chunked` is understood")
-    expect = value_of(head, lower, b"expect:")
-    if expect is not None and expect.lower() != b"100-continue":
+    if b"\r\nexpect:" in lower and value_of(lower, lower, b"expect:") != b"100-continue":
         return BadRequest("Expect: only 100-continue is understood")
-    encoding = value_of(head, lower, b"content-encoding:")
-    if encoding is not None and encoding.lower() not in (b"", b"identity"):
-        return UnsupportedMedia(f"Bodies compressed with {encoding.decode('latin-1')} are not read; send plain JSON")
+    if b"\r\ncontent-encoding:" in lower:
+        encoding = value_of(lower, lower, b"content-encoding:") or b""
+        if encoding not in (b"", b"identity"):
+            return UnsupportedMedia(
+                f"Bodies compressed with {encoding.decode('latin-1')} are not read; send plain JSON"
+            )
     return None
 
 
@@ -84,9 +87,18 @@ def good_request_id(value: bytes | None) -> bool:
     return value is not None and _GOOD_ID.fullmatch(value) is not None
 
 
-def passed_back(head: bytes) -> bytes:
-    """The header lines of an upstream's head that go to the client, each ending in CRLF."""
-    return b"".join([line + b"\r\n" for line in _PASSED_BACK.findall(head)])
+@lru_cache(maxsize=256)  # the heads of a node's streams are all the same
+def answer_head(head: bytes) -> tuple[bytes, bytes, bytes | None, bool]:
+    """An upstream's head as the client gets it: status line and the header lines that pass, each ending in CRLF;
+    then its content-type and content-length (None where absent), and whether it comes in chunks."""
+    lower = head.lower()
+    passed = b"".join([line + b"\r\n" for line in _PASSED_BACK.findall(head)])
+    return (
+        status_line(int(head[9:12])) + passed,
+        value_of(lower, lower, b"content-type:") or b"",
+        value_of(lower, lower, b"content-length:"),
+        b"\r\ntransfer-encoding:" in lower,
+    )
 
 
 def chunk(data: bytes) -> bytes:
