@@ -271,6 +271,14 @@ class Fleet:
             node.misses, node.requests_failed, node.last_error = 0, False, None
             self._settle(node, set())
 
+    def model_refused(self, replica: Replica, state: str | None) -> None:
+        """The node answered that it cannot serve the model now, being `state` (its `loading.state`): not asked again
+        until it says otherwise, which it is asked at once."""
+        status = ModelStatus.parse(state or "") or ModelStatus.LOADING
+        if status is not ModelStatus.LOADED:
+            self.mark(replica.node, replica.info.id, status)
+        self.doubt(replica.node)
+
     def mark(
         self, node: Node, name: str, status: ModelStatus, *, error: str | None = None, asked: float | None = None
     ) -> None:

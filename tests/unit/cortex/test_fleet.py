@@ -164,6 +164,31 @@ def test_an_action_of_ours_shows_at_once_and_an_older_poll_does_not_undo_it() ->
     assert names(view, "m") == ["beast"]
 
 
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [
+        ("recovering", "recovering"),
+        ("unloaded", "unloaded"),
+        (None, "loading"),
+        ("odd", "loading"),
+        ("loaded", "loaded"),
+    ],
+)
+def test_a_model_that_its_node_refuses_to_serve_is_not_asked_again_until_the_node_says_otherwise(
+    state: str | None, status: str
+) -> None:
+    view = fleet("beast")
+    node = answers(view, "beast", info("m", "loaded"))
+    doubted: list[str] = []
+    view.on_doubt.append(lambda n: doubted.append(n.name))
+    view.model_refused(view.replicas("m")[0], state)
+    assert node.models["m"].status == status
+    assert names(view, "m") == (["beast"] if status == "loaded" else [])
+    assert doubted == ["beast"]
+    answers(view, "beast", info("m", "loaded"))
+    assert names(view, "m") == ["beast"]
+
+
 def test_an_event_that_came_while_the_answer_to_an_action_was_on_its_way_stands() -> None:
     view = fleet("beast")
     node = answers(view, "beast", info("m", "unloaded"))
