@@ -24,6 +24,7 @@ class FakeCard:
     instances: dict[int, FakeCard] = field(default_factory=dict)
     error: int | None = None  # an NVML_ERROR_* for every question about this card
     max_instances: int = 7
+    processes: dict[int, int | None] = field(default_factory=dict)  # pid -> MB; None: not available
 
 
 class FakeNvml:
@@ -92,6 +93,12 @@ class FakeNvml:
         if index not in card.instances:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
         return card.instances[index]
+
+    def nvmlDeviceGetComputeRunningProcesses(self, card: FakeCard) -> list[Any]:
+        return [
+            SimpleNamespace(pid=pid, usedGpuMemory=None if used is None else used * MB)
+            for pid, used in card.processes.items()
+        ]
 
     @staticmethod
     def _known(value: Any) -> Any:

@@ -25,6 +25,7 @@ class Reading:
 
     devices: list[Device]
     health: Callable[[], list[DeviceHealth]]
+    process_mb: Callable[[int], dict[int, int]] = lambda pid: {}
     close: Callable[[], None] = lambda: None
     driver_version: str | None = None
     cuda_version: str | None = None
@@ -54,6 +55,11 @@ class Probe:
     def health(self) -> list[DeviceHealth]:
         """One entry per device of `discovery`, in its order. Called in a thread, one call at a time."""
         return self._reading.health()
+
+    def process_mb(self, pid: int) -> dict[int, int]:
+        """Device index -> MB that this process holds there; devices where that is unknown (on the CPU, in another
+        PID namespace) are left out. May block; called in a thread."""
+        return self._reading.process_mb(pid)
 
     def close(self) -> None:
         self._reading.close()
@@ -108,6 +114,7 @@ def _through_nvml(load: Callable[[], Any]) -> Reading:
     return Reading(
         devices=library.devices,
         health=library.health,
+        process_mb=library.process_mb,
         close=library.close,
         driver_version=library.driver_version,
         cuda_version=library.cuda_version,
@@ -117,7 +124,11 @@ def _through_nvml(load: Callable[[], Any]) -> Reading:
 def _through_smi() -> Reading:
     tool = smi.Tool(smi.run)
     return Reading(
-        devices=tool.devices, health=tool.health, driver_version=tool.driver_version, cuda_version=tool.cuda_version
+        devices=tool.devices,
+        health=tool.health,
+        process_mb=tool.process_mb,
+        driver_version=tool.driver_version,
+        cuda_version=tool.cuda_version,
     )
 
 

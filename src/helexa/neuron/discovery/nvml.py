@@ -75,6 +75,25 @@ class Library:
     def health(self) -> list[DeviceHealth]:
         return [self._health(device, place) for device, place in zip(self.devices, self._places, strict=True)]
 
+    def process_mb(self, pid: int) -> dict[int, int]:
+        n = self._nvml
+        held: dict[int, int] = {}
+        for device, place in zip(self.devices, self._places, strict=True):
+            try:
+                processes = n.nvmlDeviceGetComputeRunningProcesses(self._handle(place))
+            except n.NVMLError:
+                continue
+            known = [p.usedGpuMemory for p in processes if p.pid == pid and p.usedGpuMemory is not None]
+            if known:
+                held[device.index] = sum(known) // MB
+        return held
+
+    def _handle(self, place: _Place) -> Any:
+        card = self._nvml.nvmlDeviceGetHandleByIndex(place.card)
+        if place.instance is None:
+            return card
+        return self._nvml.nvmlDeviceGetMigDeviceHandleByIndex(card, place.instance)
+
     def _add_card(self, card: int) -> None:
         n = self._nvml
         index = len(self.devices)
@@ -141,9 +160,8 @@ class Library:
     def _health(self, device: Device, place: _Place) -> DeviceHealth:
         n = self._nvml
         try:
-            card = handle = n.nvmlDeviceGetHandleByIndex(place.card)
-            if place.instance is not None:
-                handle = n.nvmlDeviceGetMigDeviceHandleByIndex(card, place.instance)
+            card = n.nvmlDeviceGetHandleByIndex(place.card)
+            handle = self._handle(place)
             memory = self._memory(handle)
         except n.NVMLError as err:
             return DeviceHealth(index=device.index, error=self._card_error(err))

@@ -106,6 +106,13 @@ class Tool:
         now = list(zip(*combine(cards, instances), strict=True))
         return [_match(device, now) for device in self.devices]
 
+    def process_mb(self, pid: int) -> dict[int, int]:
+        try:
+            _, out = self._run(["--query-compute-apps=gpu_uuid,pid,used_memory", "--format=csv,noheader,nounits"])
+        except NoGpu:
+            return {}
+        return parse_process_memory(out, pid, {d.uuid: d.index for d in self.devices if d.uuid})
+
     def _read(self) -> tuple[list[Card], dict[int, list[Instance]], str]:
         names = FIELDS
         code, out = self._query(names)
@@ -232,6 +239,19 @@ def parse_instance_memory(text: str) -> list[list[dict[str, int]]]:
         elif in_instance and in_memory and (found := _MEMORY.match(stripped)):
             cards[-1][-1][found["key"]] = int(found["mb"])
     return cards
+
+
+def parse_process_memory(out: str, pid: int, index_by_uuid: Mapping[str, int]) -> dict[int, int]:
+    """Rows "GPU-..., 4242, 1834" of --query-compute-apps; device index -> MB."""
+    held: dict[int, int] = {}
+    for row in csv.reader(out.splitlines(), skipinitialspace=True):
+        if len(row) != 3 or row[1].strip() != str(pid) or row[0].strip() not in index_by_uuid:
+            continue
+        used = _int(known(row[2]))
+        if used is not None:
+            index = index_by_uuid[row[0].strip()]
+            held[index] = held.get(index, 0) + used
+    return held
 
 
 def join_instances(listing: Listing, memory: list[list[dict[str, int]]]) -> dict[int, list[Instance]]:

@@ -24,7 +24,16 @@ from typing import Any, Final
 import msgspec
 
 from helexa.neuron.store import names
-from helexa.neuron.store.disk import GGUF, SAFETENSORS, StoredModel, size_of, weight_files, why_not_gguf, why_wrong_size
+from helexa.neuron.store.disk import (
+    GGUF,
+    NOT_JSON,
+    SAFETENSORS,
+    StoredModel,
+    size_of,
+    weight_files,
+    why_not_gguf,
+    why_wrong_size,
+)
 
 _PREFIX: Final = "models--"
 _TREE_FORMAT: Final = 1  # huggingface_hub's `_tree_cache.py`
@@ -101,7 +110,7 @@ class CachedRepo:
         """Sizes that the files of a snapshot should have, where the tree was kept."""
         try:
             tree = msgspec.json.decode((self.folder / "trees" / f"{snapshot.name}.json").read_bytes(), type=_Tree)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, *NOT_JSON):
             return {}
         if tree.format_version != _TREE_FORMAT:
             return {}

@@ -15,6 +15,8 @@ from helexa.neuron.store import names
 GGUF: Final = "gguf"
 SAFETENSORS: Final = "safetensors"
 _MAGIC: Final = b"GGUF"
+# What msgspec raises for bytes that are not JSON of the type: also for bad UTF-8 in a string, and for deep nesting.
+NOT_JSON: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ def why_incomplete_folder(folder: Path, files: Collection[str]) -> str | None:
         return None
     try:
         index = msgspec.json.decode((folder / "model.safetensors.index.json").read_bytes(), type=_Index)
-    except (OSError, msgspec.DecodeError) as err:
+    except (OSError, *NOT_JSON) as err:
         return f"model.safetensors.index.json cannot be read: {err}"
     missing = sorted(set(index.weight_map.values()) - set(files))
     return f"{', '.join(missing)} missing in {folder}" if missing else None

@@ -20,6 +20,7 @@ from helexa import __version__
 from helexa.core.errors import HelexaError, LoadFailed, ModelNotFound, PermissionDenied
 from helexa.neuron.store import http
 from helexa.neuron.store.cache import HubFile
+from helexa.neuron.store.disk import NOT_JSON
 
 DEFAULT_ENDPOINT: Final = "https://huggingface.co"
 _METADATA_LIMIT: Final = 32 << 20
@@ -120,7 +121,7 @@ class Hub:
             raise error
         try:
             info = msgspec.json.decode(response.read(_METADATA_LIMIT), type=_ModelInfo)
-        except msgspec.DecodeError as err:
+        except NOT_JSON as err:
             raise LoadFailed(f"{self.endpoint} does not answer as the Hub does for {repo}: {err}") from err
         if info.gated and not self._token:
             raise self._gated(repo)

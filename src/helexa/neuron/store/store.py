@@ -24,6 +24,7 @@ from helexa.neuron.store.fetch import Fetcher, Report
 from helexa.neuron.store.names import HubRef
 from helexa.neuron.store.shelf import Shelf
 
+NOT_WHOLE: Final = "file_not_whole"
 # Files of a safetensors repository that an engine needs beside the weights.
 _BESIDE_WEIGHTS: Final = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 
@@ -83,7 +84,7 @@ class Store:
         if found is None:
             return None
         if found.error:
-            raise NeverLoads(self._broken_message(found))
+            raise NeverLoads(self._broken_message(found), code=NOT_WHOLE)
         return self._as_files(request, found)
 
     async def resolve(self, request: LoadRequest, progress: Report) -> ModelFiles:
@@ -96,7 +97,7 @@ class Store:
         if found is None or (found.error and found.repo):
             found = await self._fetch(request, found, progress)
         if found.error:
-            raise NeverLoads(self._broken_message(found))
+            raise NeverLoads(self._broken_message(found), code=NOT_WHOLE)
         await self._fetch_beside(request, progress)
         return await asyncio.to_thread(self._as_files, request, found)
 
@@ -247,7 +248,9 @@ class Store:
         models = await asyncio.to_thread(lambda: self._cache_of().read(listing.repo).models(self._formats))
         found = next((m for m in models if paths[0] in m.files), None)
         if found is None or found.error:
-            raise NeverLoads(f"{listing.repo} was downloaded, but: {found.error if found else 'it is no model'}")
+            raise NeverLoads(
+                f"{listing.repo} was downloaded, but: {found.error if found else 'it is no model'}", code=NOT_WHOLE
+            )
         return found
 
     def _cache_of(self) -> HubCache:

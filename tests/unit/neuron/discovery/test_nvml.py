@@ -128,3 +128,13 @@ def test_no_driver_and_no_card_are_no_gpu_and_the_library_is_closed() -> None:
 )
 def test_cuda_version_as_it_is_usually_written(number: int | None, text: str | None) -> None:
     assert cuda_version(number) == text
+
+
+def test_a_process_s_memory_is_known_per_device() -> None:
+    cards = [FakeCard(uuid="a", processes={7: 5000, 8: 100}), FakeCard(uuid="b", processes={8: 1}), FakeCard(uuid="c")]
+    cards[2].processes = {7: None}
+    library = Library(FakeNvml(cards))
+    assert library.process_mb(7) == {0: 5000}
+    assert library.process_mb(9) == {}
+    cards[0].error = pynvml.NVML_ERROR_GPU_IS_LOST
+    assert library.process_mb(8) == {1: 1}

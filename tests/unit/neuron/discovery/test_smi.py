@@ -148,3 +148,8 @@ def test_noise_between_the_rows_is_passed_over() -> None:
     noise = "WARNING: infoROM is corrupted at gpu 0000:01:00.0\n"
     text = (FIXTURES / "two_equal" / "query.csv").read_text()
     assert len(smi.parse_cards(noise + text + "\n" + noise)) == 2
+
+
+def test_a_process_s_memory_is_read_from_the_compute_apps() -> None:
+    rows = "GPU-a, 42, 1834\nGPU-b, 42, [N/A]\nGPU-b, 43, 99\nGPU-x, 42, 7\nNo running processes found\nGPU-a, 42, 6\n"
+    assert smi.parse_process_memory(rows, 42, {"GPU-a": 0, "GPU-b": 1}) == {0: 1840}
