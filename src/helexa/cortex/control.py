@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 from starlette.applications import Starlette
@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from helexa.core import bodies, logs, version
+from helexa.core import bodies, version
 from helexa.core.addresses import is_own_host
 from helexa.core.errors import (
     BadRequest,
@@ -44,7 +44,6 @@ from helexa.cortex.fleet import Fleet
 from helexa.cortex.front_page import front_page
 from helexa.cortex.loader import Loader
 
-log = logs.get("cortex.control")
 _encode = msgspec.json.Encoder().encode
 
 # Dialects of the contract that come later, told in their own envelopes.
@@ -56,6 +55,7 @@ class Order(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     model: str
     node: str | None = None  # load: place it there; unload: only there
+    drain_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 0  # unload: what running requests get
     force: bool = False  # unload: cut what is running
 
 
@@ -195,13 +195,13 @@ class ControlPlane:
         model_id = self._fleet.resolve(order.model)
         if order.node is not None:
             self._known_node(order.node)
-        await self._loader.unload(model_id, order.node, force=order.force)
+        await self._loader.unload(model_id, order.node, force=order.force, drain_s=order.drain_s)
         return _json({"success": True, "status": "unloaded"})
 
     def _load_ended(self, work: asyncio.Task[None]) -> None:
         self._loads.discard(work)
-        if not work.cancelled() and (error := work.exception()) is not None:
-            log.warning("load failed", work=work.get_name(), error=str(error))
+        if not work.cancelled():
+            work.exception()  # looked at: the loader has logged it, and nobody may be waiting any more
 
     async def _read_order(self, request: Request) -> Order:
         """Refuses, in this order: 1. a name that is not ours (DNS rebinding); 2. a web page that was not allowed;

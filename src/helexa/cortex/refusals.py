@@ -39,6 +39,8 @@ class _Envelope(msgspec.Struct):
     error: _Inner
 
 
+# Text that is not UTF-8 is a ValueError to msgspec, and nesting without end a RecursionError.
+_UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 _decode = msgspec.json.Decoder(_Envelope).decode
 
 
@@ -46,7 +48,7 @@ def code_and_message(body: bytes) -> tuple[str | None, str]:
     """(None, "") for a body that is not OpenAI's envelope."""
     try:
         inner = _decode(body).error
-    except msgspec.DecodeError:
+    except _UNREADABLE:
         return None, ""
     return inner.code if isinstance(inner.code, str) else None, inner.message
 
@@ -73,5 +75,5 @@ def _details(body: bytes) -> dict[str, Any]:
     try:
         error = msgspec.json.decode(body)["error"]
         return {k: v for k, v in error.items() if k not in _ENVELOPE}
-    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+    except (*_UNREADABLE, KeyError, TypeError, AttributeError):
         return {}
