@@ -45,9 +45,12 @@ class HostFailed(Exception):
 
 
 class Host(Protocol):
-    """died: done when the host is gone that should not be; its result is the reason."""
+    """died: done when the host is gone that should not be; its result is the reason.
+    socket: where its engine will answer; gone with the host.
+    """
 
     died: asyncio.Future[str]
+    socket: Path
 
     async def load(self, harness: str, spec: dict[str, Any], size_bytes: int, progress: OnProgress) -> None:
         """Returns when the engine answers on its socket. Raises HostFailed; after that, or a cancel, `close` it."""
@@ -71,9 +74,10 @@ class Host(Protocol):
 class ProcessHost(asyncio.SubprocessProtocol):
     """A host process, from its start to its end."""
 
-    def __init__(self, harness: str) -> None:
+    def __init__(self, harness: str, socket: Path) -> None:
         loop = asyncio.get_running_loop()
         self.harness = harness
+        self.socket = socket
         self.model_id: str | None = None  # None: the spare
         self.died: asyncio.Future[str] = loop.create_future()
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -90,11 +94,11 @@ class ProcessHost(asyncio.SubprocessProtocol):
         self._transport = cast("asyncio.SubprocessTransport", None)
 
     @classmethod
-    async def start(cls, harness: str) -> ProcessHost:
+    async def start(cls, harness: str, socket: Path) -> ProcessHost:
         """Started, not yet warm. HostFailed where the process cannot be made."""
         command = (sys.executable, "-P", "-m", "helexa.neuron.host", "--harness", harness, "--parent", str(os.getpid()))
         loop = asyncio.get_running_loop()
-        host = cls(harness)
+        host = cls(harness, socket)
         try:
             # A session of its own: Ctrl-C on a terminal is for the daemon, which drains and then ends its hosts.
             await loop.subprocess_exec(lambda: host, *command, env=_environment(), start_new_session=True)
@@ -152,6 +156,7 @@ class ProcessHost(asyncio.SubprocessProtocol):
             except TimeoutError:
                 _log.error("a host cannot be killed: it is inside the kernel", model=self.model_id, pid=self.pid)
         self._transport.close()
+        self.socket.unlink(missing_ok=True)
 
     def memory(self) -> vitals.Memory | None:
         pid = self.pid
@@ -253,8 +258,9 @@ class ProcessHost(asyncio.SubprocessProtocol):
 class ThreadHost:
     """isolation = "none": the engine in the daemon's own process. It cannot be killed, nor its death survived."""
 
-    def __init__(self, model_id: str) -> None:
+    def __init__(self, model_id: str, socket: Path) -> None:
         self.model_id = model_id
+        self.socket = socket
         self.died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._engine: Any = None
         self._memory: vitals.Memory | None = None
@@ -291,6 +297,7 @@ class ThreadHost:
         engine, self._engine = self._engine, None
         if engine is not None:
             await _in_thread(engine.close, f"close {self.model_id}")
+        self.socket.unlink(missing_ok=True)
         self._memory = None
 
     def memory(self) -> vitals.Memory | None:
@@ -316,18 +323,15 @@ class Hosts:
         self._spare_task: asyncio.Task[None] | None = None
         self._closed = False
 
-    def new_socket(self) -> Path:
-        return self._run_dir.new_socket()
-
     async def take(self, model_id: str, harness: str) -> Host:
         """A host for this model: the spare if it is of this harness and well, else a new one. `close` it at the end."""
         if self._isolation == "none":
-            return ThreadHost(model_id)
+            return ThreadHost(model_id, self._run_dir.new_socket())
         spare, self._spare = self._spare, None
         if spare is not None and (not spare.is_alive or spare.harness != harness):
             await spare.close(0)
             spare = None
-        host = spare or await ProcessHost.start(harness)
+        host = spare or await ProcessHost.start(harness, self._run_dir.new_socket())
         host.model_id = model_id
         return host
 
@@ -363,7 +367,7 @@ class Hosts:
             await self._spare.close(0)
             self._spare = None
         try:
-            spare = await ProcessHost.start(harness)
+            spare = await ProcessHost.start(harness, self._run_dir.new_socket())
         except HostFailed as err:
             _log.warning("no spare host", reason=str(err))
             return

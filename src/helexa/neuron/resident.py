@@ -119,21 +119,21 @@ class Resident:
     async def load(self, request: LoadRequest, *, wait: bool) -> ModelStatus:
         """LOADED, or, without `wait`, LOADING once the load is certain to be tried. Raises why it cannot be."""
         asked = request.spec_hash()
-        load: asyncio.Task[None] | None = self._load
-        begun: asyncio.Future[None] | None = self._begun
-        if load is not None and not load.done():
-            self._check_same(asked, self._asked)
-        elif self.status in (Status.LOADED, Status.RECOVERING):
-            self._check_same(asked, self.spec_hash)
-            self.wanted = True
-            if self.status is Status.LOADED:
+        if self._load is None or self._load.done():
+            if self.status in (Status.LOADED, Status.RECOVERING):
+                self._check_same(asked, self.spec_hash)
+                self.wanted = True
+                if self.status is Status.RECOVERING and not wait:
+                    return Status.LOADING
+                if self.status is Status.RECOVERING and self._recovery is not None:
+                    await self._outcome(self._recovery)
                 return Status.LOADED
-            load = begun = self._recovery
-        else:
             self._asked = asked
-            begun = self._begun = asyncio.get_running_loop().create_future()
-            load = self._load = _owned(self._run_load(request, begun), f"load {self.id}")
-        assert load is not None
+            self._begun = asyncio.get_running_loop().create_future()
+            self._load = _owned(self._run_load(request, self._begun), f"load {self.id}")
+        else:
+            self._check_same(asked, self._asked)
+        load, begun = self._load, self._begun
         assert begun is not None
         if not wait:
             await asyncio.wait({load, begun}, return_when=asyncio.FIRST_COMPLETED)
@@ -293,22 +293,23 @@ class Resident:
     async def _start(self, placed: Placed) -> Serving:
         """A host that has the model and answers. Raises LoadFailed with the host's reason; nothing is left then."""
         house, plan, harness = self._house, placed.plan, reference(placed.harness)
-        socket, key = house.hosts.new_socket(), secrets.token_urlsafe(24)
+        key = secrets.token_urlsafe(24)
         try:
             host = await house.hosts.take(self.id, harness)
         except HostFailed as err:
             raise LoadFailed(f"{self.id} could not be loaded: {err}") from err
         try:
-            spec = placed.harness.host_spec(plan, socket, key)
+            spec = placed.harness.host_spec(plan, host.socket, key)
             await host.load(harness, spec, plan.files.size_bytes, self._on_fraction)
             await house.devices.measure(placed.claim, host)
         except BaseException as err:
             await host.close(0)
-            socket.unlink(missing_ok=True)
             if isinstance(err, HostFailed):
                 raise LoadFailed(f"{self.id} could not be loaded: {err}") from err
             raise
-        upstream = Upstream(self.id, f"unix:{socket}", headers={"authorization": f"Bearer {key}"}, max_idle=plan.slots)
+        upstream = Upstream(
+            self.id, f"unix:{host.socket}", headers={"authorization": f"Bearer {key}"}, max_idle=plan.slots
+        )
         seats = Seats(self.id, plan.slots, placed.harness.session(plan), upstream, host.alive_at)
         serving = Serving(host, upstream, seats, time.monotonic())
         host.died.add_done_callback(lambda died: self._host_died(serving, died.result()))
