@@ -1,0 +1,236 @@
+"""A harness whose engine is a small real HTTP server that does as it is told: streams, stalls, dies and lies.
+
+Its model files are a line that begins with GGUF and goes on as JSON, the `Script` of the load:
+
+    needs_mb, slots      what the plan says
+    gate                 a FIFO (see Gate): the load waits there until the test opens it
+    fail                 the load fails with this reason
+    die                  so many loads die (exit code 7) before one succeeds
+    noise                printed to stdout and stderr during the load
+    deaf                 the engine never closes
+
+A request says what to do in its body: {"do": "answer" | "stream" | "stall" | "die" | "lie"}. How often a model was
+loaded stands in a file beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import socketserver
+import threading
+import time
+from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from helexa.core.errors import BadRequest, HelexaError, NeverLoads
+from helexa.core.lifecycle import DeviceEstimate, Estimate, LoadRequest
+from helexa.core.relay.contract import Exchange
+from helexa.core.relay.upstream import Upstream
+from helexa.neuron.harness.base import FreeDevice, ModelFacts, ModelFiles, Plan, Prepared
+
+EXIT_CODE = 7
+
+
+class Script(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    needs_mb: int = 50
+    slots: int = 2
+    gate: str | None = None
+    fail: str | None = None
+    die: int = 0
+    noise: str | None = None
+    deaf: bool = False
+    truncated: bool = False
+
+
+def write_model(path: Path, script: Script | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"GGUF" + msgspec.json.encode(script or Script()) + b"\n")
+    return path
+
+
+def loads_of(path: Path) -> int:
+    """How many loads of this file were begun in a host."""
+    marks = path.with_suffix(".loads")
+    return marks.stat().st_size if marks.exists() else 0
+
+
+class Gate:
+    """Where a load waits: a named pipe, so that the test knows that the host is there, and the host cannot go on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        os.mkfifo(path)
+        self._fd = -1
+
+    async def reached(self) -> None:
+        """Returns when a load stands before the gate."""
+        while self._fd < 0:
+            try:
+                self._fd = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
+            except OSError as err:
+                if err.errno != errno.ENXIO:
+                    raise
+                await asyncio.sleep(0.002)
+
+    def open(self) -> None:
+        os.write(self._fd, b"!")
+        self.close()
+
+    def close(self) -> None:
+        """For a load that does not come through any more."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class ScriptedHarness:
+    name = "scripted"
+
+    def engine_version(self) -> str | None:
+        return "1"
+
+    def why_not(self) -> str | None:
+        return None
+
+    def warm(self) -> None:
+        pass
+
+    def can_serve(self, files: ModelFiles) -> bool:
+        return files.files[0].suffix == ".gguf"
+
+    def inspect(self, files: ModelFiles, request: LoadRequest) -> ModelFacts:
+        script = _script(files.files[0])
+        if script.truncated:
+            raise NeverLoads(f"{files.files[0]} is not whole", code="file_not_whole")
+        return ModelFacts("scripted", "chat", 4096, 1, files.size_bytes, None, ("chat",), {"script": script})
+
+    def plan(self, request: LoadRequest, files: ModelFiles, facts: ModelFacts, devices: Sequence[FreeDevice]) -> Plan:
+        script: Script = facts.extra["script"]
+        if request.slots == 0:
+            raise BadRequest("slots must be at least 1", param="slots")
+        device = next((d for d in devices if request.devices is None or d.index in request.devices), None)
+        if device is None:
+            return Plan(request, files, facts, Estimate(devices=[], why="there is no such device"), 0, 0, ())
+        part = DeviceEstimate(
+            index=device.index, weights_mb=script.needs_mb, kv_mb=0, overhead_mb=0, free_mb=device.free_mb
+        )
+        why = f"{script.needs_mb} MB of {device.free_mb} MB" if script.needs_mb > device.free_mb else None
+        slots = request.slots or script.slots
+        context = request.context or 4096
+        return Plan(request, files, facts, Estimate(devices=[part], why=why), context, slots, (device.index,))
+
+    def host_spec(self, plan: Plan, socket: Path, api_key: str) -> dict[str, Any]:
+        return {"file": str(plan.files.files[0]), "socket": str(socket), "api_key": api_key}
+
+    def serve(self, spec: dict[str, Any], progress: Callable[[float], None]) -> ScriptedEngine:
+        path = Path(spec["file"])
+        script = _script(path)
+        with path.with_suffix(".loads").open("ab") as marks:
+            marks.write(b".")
+        if script.noise:
+            print(script.noise)
+            os.write(1, script.noise.encode() + b"\n")
+            os.write(2, script.noise.encode() + b"\n")
+        progress(0.5)
+        if script.gate:
+            with open(script.gate, "rb") as gate:
+                gate.read(1)
+        if loads_of(path) <= script.die:
+            os.write(2, b"the script says die\n")
+            os._exit(EXIT_CODE)
+        if script.fail:
+            raise RuntimeError(script.fail)
+        return ScriptedEngine(spec["socket"], spec["api_key"], script)
+
+    def session(self, plan: Plan) -> ScriptedSession:
+        return ScriptedSession()
+
+
+class ScriptedSession:
+    def prepare(self, exchange: Exchange) -> Prepared:
+        return Prepared()
+
+    def refusal(self, exchange: Exchange, status: int, body: bytes) -> HelexaError | None:
+        return None
+
+    async def count_tokens(self, body: bytes, engine: Upstream) -> int:
+        return len(body.split())
+
+
+class ScriptedEngine:
+    def __init__(self, socket: str, api_key: str, script: Script) -> None:
+        self._script = script
+        self._server = _Server(socket, _Handler)
+        self._server.api_key = api_key
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        while self._script.deaf:
+            time.sleep(60)
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(socketserver.ThreadingUnixStreamServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 64
+    api_key = ""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def do_POST(self) -> None:
+        order = json.loads(self.rfile.read(int(self.headers["content-length"])) or b"{}")
+        if self.headers["authorization"] != f"Bearer {self.server.api_key}":
+            self._answer(401, {"error": "bad key"})
+            return
+        do = order.get("do", "answer")
+        if do == "answer":
+            self._answer(200, {"pid": os.getpid()})
+        elif do == "lie":
+            self.wfile.write(b"HTTP/1.1 two hundred\r\n\r\n")
+        elif do == "die":
+            os._exit(EXIT_CODE)
+        else:
+            self._begin_stream()
+            for number in range(order.get("chunks", 3)):
+                self._chunk(b'data: {"n":%d}\n\n' % number)
+            if do == "stall":
+                self.rfile.read(1)  # until the client leaves
+            self._chunk(b"")
+
+    def _answer(self, status: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _begin_stream(self) -> None:
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+    def address_string(self) -> str:
+        return "unix"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def _script(path: Path) -> Script:
+    return msgspec.json.decode(path.read_bytes()[4:], type=Script)

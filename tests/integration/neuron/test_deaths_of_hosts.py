@@ -1,0 +1,178 @@
+"""Hosts that die, and what they leave: nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from tests.helpers.aio import run
+from tests.helpers.nests import children, exchange, nest, read_out
+from tests.helpers.scripted import Gate, Script, loads_of
+
+from helexa.core.errors import (
+    LoadFailed,
+    ModelLoading,
+)
+
+
+def test_a_host_that_dies_in_its_load_is_told_with_its_last_words(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path) as n:
+            n.model("a", Script(die=1))
+            with pytest.raises(LoadFailed, match=r"exit code 7.*the script says die"):
+                await n.load("a")
+
+    run(main())
+
+
+def test_a_host_killed_in_its_load_is_told_as_killed(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path) as n:
+            gate = Gate(tmp_path / "gate")
+            n.model("a", Script(gate=str(gate.path)))
+            loading = asyncio.create_task(n.load("a"))
+            await gate.reached()
+            (host,) = children()
+            host.send_signal(signal.SIGKILL)
+            with pytest.raises(LoadFailed, match="SIGKILL"):
+                await loading
+            assert n.info("a").status == "failed"
+            gate.close()
+
+    run(main())
+
+
+def test_prints_of_an_engine_do_not_break_the_protocol(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path) as n:
+            n.model("a", Script(noise='{"event":"failed","error":"a lie"}\n\x00\xff not utf-8 ' + "x" * 200_000))
+            assert await n.load("a") == "loaded"
+
+    run(main())
+
+
+def test_a_host_killed_while_it_serves_comes_back_by_itself(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path) as n:
+            n.model("a")
+            await n.load("a")
+            seat = await n.seat("a")
+            async with seat.upstream.stream("POST", "/v1/chat/completions", b'{"do":"stall"}') as stream:
+                data = aiter(stream)
+                assert b"data:" in await anext(data)
+                first = n.pid("a")
+                os.kill(first, signal.SIGKILL)
+                with pytest.raises(ConnectionError):
+                    await read_out(data)
+            seat.release()
+            await n.until(lambda: n.states("a")[-2:] == ["recovering", "loaded"])
+            assert n.pid("a") != first
+            assert (await n.ask("a")).status == 200
+            assert n.models.counts.host_deaths == {"a": 1}
+
+    run(main())
+
+
+def test_requests_are_told_that_a_model_recovers(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path, backoff_s=30) as n:
+            n.model("a", Script(slots=1))
+            await n.load("a")
+            seat = await n.seat("a")
+            waiting = asyncio.create_task(n.seat("a"))
+            await asyncio.sleep(0)
+            os.kill(n.pid("a"), signal.SIGKILL)
+            with pytest.raises(ModelLoading) as told:
+                await waiting
+            assert told.value.details["loading"]["state"] == "recovering"
+            with pytest.raises(ModelLoading):
+                n.models.admit(exchange("a"))
+            seat.release()
+            assert n.info("a").status == "recovering"
+            assert "SIGKILL" in (n.info("a").error or "")
+            assert n.info("a").vram_used_mb  # its memory stays its own
+            assert await n.load("a", wait=False) == "loading"
+            await n.unload("a")
+            assert n.states("a")[-3:] == ["recovering", "unloading", "unloaded"]
+
+    run(main())
+
+
+def test_a_model_that_keeps_dying_is_given_up_with_the_reason(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path) as n:
+            path = n.model("a")
+            await n.load("a")
+            n.model("a", Script(die=1000))
+            os.kill(n.pid("a"), signal.SIGKILL)
+            await n.until(lambda: n.states("a")[-1] == "failed")
+            assert "the script says die" in (n.info("a").error or "")
+            assert loads_of(path) == 1 + 5
+            assert n.models._devices.ledger.used_mb(0) == 0
+
+    run(main())
+
+
+def test_the_spare_is_used_and_replaced(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path, spare_host=True) as n:
+            n.model("a")
+            hosts = n.models._hosts
+            assert hosts._spare_task is not None
+            await hosts._spare_task
+            (spare,) = children()
+            await n.load("a")
+            assert n.pid("a") == spare.pid
+            await hosts._spare_task
+            assert len(children()) == 2
+            before = hosts._spare
+            await n.models.defrag()
+            await hosts._spare_task
+            assert hosts._spare is not None
+            assert hosts._spare is not before
+            hosts._spare._kill()
+            await hosts._spare._gone.wait()
+            n.model("b")
+            assert await n.load("b") == "loaded"
+
+    run(main())
+
+
+def test_in_the_daemons_own_process_the_same_holds(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path, isolation="none") as n:
+            n.model("a")
+            n.model("bad", Script(fail="no"))
+            assert await n.load("a") == "loaded"
+            assert (await n.ask("a")).json()["pid"] == os.getpid()
+            with pytest.raises(LoadFailed, match="no"):
+                await n.load("bad")
+            await n.unload("a")
+            assert not n.sockets()
+            assert await n.load("a") == "loaded"
+
+    run(main())
+
+
+def test_cycles_leave_nothing_behind(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path) as n:
+            n.model("a")
+
+            async def cycle() -> None:
+                await n.load("a")
+                await n.ask("a")
+                await n.unload("a")
+
+            await cycle()
+            before = len(os.listdir("/proc/self/fd"))
+            for _ in range(5):
+                await cycle()
+            assert len(os.listdir("/proc/self/fd")) <= before
+            assert not children()
+            assert not n.sockets()
+
+    run(main())
