@@ -249,7 +249,7 @@ def test_lists_and_tables_come_from_the_environment_as_json() -> None:
     nodes = '[{"name": "a", "endpoint": "http://a:1"}]'
     settings = load_cortex(None, {"CORTEX_NEURONS": nodes, "CORTEX_NEURONS__0__NAME": "b"}, warn=refuse)
     assert settings.neurons[0].name == "b"
-    models = '[{"model_id": "m", "source": "/m.gguf", "limits": {"output": 9}}]'
+    models = '[{"model_id": "m", "source": "/m.gguf", "lora": ["/a.gguf"]}]'
     env = {
         "NEURON_DEFAULT_MODELS": models,
         "NEURON_MEMORY_LIMIT_MB": "8000,9000",
@@ -257,7 +257,7 @@ def test_lists_and_tables_come_from_the_environment_as_json() -> None:
     }
     node = load_neuron(None, env, warn=refuse)
     assert node.memory_limit_mb == [8000, 9000]
-    assert (node.default_models[0].slots, node.default_models[0].limits) == (2, {"output": 9})
+    assert (node.default_models[0].slots, node.default_models[0].lora) == (2, ["/a.gguf"])
 
 
 def test_an_empty_variable_leaves_an_optional_key_out(tmp_path: Path) -> None:
