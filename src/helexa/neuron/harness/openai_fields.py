@@ -258,6 +258,16 @@ def read_rerank(body: bytes) -> RerankRequest:
     return asked
 
 
+def check_images(messages: Sequence[Message]) -> None:
+    """Images come with the request: an engine that fetched any address would be a way into the node's network, and
+    file: one to its disk."""
+    for i, message in enumerate(messages):
+        for j, part in enumerate(message.content if isinstance(message.content, list) else ()):
+            if part.type == "image_url" and (part.image_url is None or part.image_url.url[:5].lower() != "data:"):
+                where = f"messages[{i}].content[{j}].image_url.url"
+                raise _bad(where, "must be a data: URL; a node fetches nothing from elsewhere")
+
+
 def called_function(chat: ChatRequest) -> str | None:
     """The function that `tool_choice` names."""
     choice = chat.tool_choice
@@ -297,15 +307,6 @@ def _check_content(message: Message, i: int) -> None:
                 raise _bad(f"messages[{i}].content[{j}].type", "is required")
             if part.type == "text" and part.text is None:
                 raise _bad(f"messages[{i}].content[{j}].text", "is required")
-            if part.type == "image_url":
-                _check_image(part, f"messages[{i}].content[{j}].image_url")
-
-
-def _check_image(part: Part, param: str) -> None:
-    """An engine that fetched any address would be a way into the node's network, and file: one into its disk."""
-    url = part.image_url.url if part.image_url is not None else ""
-    if not url[:5].lower() == "data:":
-        raise _bad(f"{param}.url", "must be a data: URL; a node fetches nothing from elsewhere")
 
 
 def _check_tool_calls(calls: Sequence[ToolCall], i: int) -> None:

@@ -16,12 +16,12 @@ _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\],:]', re.DOTALL)
 _SPACE = b" \t\r\n"
 
 
-def members(body: bytes, at: int = 0) -> Iterator[tuple[str, int, int]]:
-    """The members of the object that opens at or after `at`: key, and the half-open span of its value."""
+def members(body: bytes) -> Iterator[tuple[str, int, int]]:
+    """The object's own members: key, and the half-open span of its value."""
     depth = 0
     key: bytes | None = None
     start = 0  # of the value, once its colon was seen
-    for match in _TOKEN.finditer(body, at):
+    for match in _TOKEN.finditer(body):
         token = match.group()
         if token in b"{[":
             depth += 1
@@ -41,25 +41,6 @@ def members(body: bytes, at: int = 0) -> Iterator[tuple[str, int, int]]:
                 key = token
 
 
-def elements(body: bytes, at: int) -> Iterator[tuple[int, int]]:
-    """The spans of the elements of the array that opens at `at`."""
-    depth = 0
-    start = at + 1
-    for match in _TOKEN.finditer(body, at):
-        token = match.group()
-        if token in b"{[":
-            depth += 1
-        elif depth == 1 and token in b",]":
-            first, last = _trim(body, start, match.start())
-            if last > first:
-                yield first, last
-            if token == b"]":
-                return
-            start = match.end()
-        elif token in b"}]":
-            depth -= 1
-
-
 def splice(body: bytes, values: Mapping[str, bytes]) -> bytes:
     """`body` with each key of `values` set to that raw JSON. Where a key stands twice, every one of them is set."""
     absent = dict(values)
@@ -68,10 +49,10 @@ def splice(body: bytes, values: Mapping[str, bytes]) -> bytes:
         if key in values:
             spans.append((start, end, values[key]))
             absent.pop(key, None)
-    return prepend(replace(body, spans), absent)
+    return prepend(_replace(body, spans), absent)
 
 
-def replace(body: bytes, spans: list[tuple[int, int, bytes]]) -> bytes:
+def _replace(body: bytes, spans: list[tuple[int, int, bytes]]) -> bytes:
     """`body` with each half-open span (in order, apart) replaced."""
     out: list[bytes] = []
     at = 0

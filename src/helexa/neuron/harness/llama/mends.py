@@ -104,14 +104,13 @@ class Stops:
     It stands in the chunk with the finish_reason; should it come later, that chunk waits for it.
     """
 
-    def __init__(self, stops: Sequence[str], *, verbose_asked: bool = False) -> None:
+    def __init__(self, stops: Sequence[str]) -> None:
         self._stops = frozenset(stops)
-        self._keep = verbose_asked
         self._words: dict[int, str | None] = {}
         self._held: dict[int, Chunk] = {}
 
     def chunk(self, chunk: Chunk) -> Sequence[Chunk]:
-        told = chunk.get("__verbose") if self._keep else chunk.pop("__verbose", None)
+        told = chunk.pop("__verbose", None)
         out: list[Chunk] = []
         if isinstance(told, dict) and "stop_type" in told:
             word = told.get("stopping_word") if told["stop_type"] == "word" else None

@@ -25,7 +25,11 @@ from helexa.core.errors import (
 _PROMPT: Final = {"completions": "messages", "embeddings": "input", "rerank": "documents"}
 _TOO_LARGE: Final = re.compile(r"\((\d+) tokens\) (?:is too large to process|exceeds).*?(\d+)(?: tokens)?\)", re.DOTALL)
 _FIELD: Final = re.compile(r"Field '([^']+)': (.*)", re.DOTALL)
-_LIBRARY: Final = re.compile(r"\[json\.exception\.[a-z_]+\.\d+\] ")  # nlohmann's own name for it: no help to anyone
+# What no caller can use: the JSON library's name for the error, and which of its parts could not do the work.
+_INSIDE: Final = re.compile(
+    r"\[json\.exception\.[a-z_]+\.\d+\] |Unable to generate parser for this template\. "
+    r"(?:Automatic parser generation failed: )?|Failed to initialize samplers: "
+)
 
 # (what the message contains, the field at fault); the first that fits.
 _CALLERS: Final[tuple[tuple[str, str | None], ...]] = (
@@ -66,7 +70,7 @@ def translate(model: str, path: str, status: int, body: bytes) -> HelexaError:
     except msgspec.MsgspecError:
         return UpstreamError(f"{model}: the engine answered {status} {body[:200].decode('utf-8', 'replace')!r}")
     code = error.code if isinstance(error.code, int) else status
-    message = _LIBRARY.sub("", error.message)
+    message = _INSIDE.sub("", error.message)
     if (sizes := _sizes(error)) is not None:
         too_long = ContextLengthExceeded(model, *sizes)
         too_long.param = "prompt" if path == "/v1/completions" else _PROMPT.get(path.rsplit("/", 1)[-1], "messages")

@@ -116,6 +116,7 @@ class LlamaSession:
                     "/v1/models, or load this one with its projector.",
                     param=where,
                 )
+        fields.check_images(asked.messages or ())
 
     def _chat(self, exchange: Exchange) -> Prepared:
         asked = self._read_chat(exchange.body)
