@@ -56,8 +56,9 @@ class Store:
         formats: Collection[str] = (GGUF,),
         backoff_s: float = 0.5,
     ) -> None:
+        models_dir = _absolute(models_dir) if models_dir else None
         self._models_dir = models_dir
-        self._roots = [*([models_dir] if models_dir else []), *allowed_roots]
+        self._roots = [*([models_dir] if models_dir else []), *map(_absolute, allowed_roots)]
         self._allow_downloads = allow_downloads
         self._formats = formats
         self._backoff_s = backoff_s
@@ -76,12 +77,13 @@ class Store:
     # ---- finding
 
     def find_local(self, request: LoadRequest) -> ModelFiles | None:
-        """The model where it is on this disk; None where only the Hub may have it. No network.
+        """The model where it is on this disk, None where `resolve` would have to ask the Hub: it is not here, or the
+        cached copy is damaged, or a draft or adapter of it is. No network.
 
-        Raises NeverLoads for what is named and is absent, incomplete or damaged, BadRequest for a contradiction.
+        Raises NeverLoads for a path that is absent, incomplete or damaged, BadRequest for a contradiction.
         """
         found = self._shelf.lookup(request)
-        if found is None:
+        if found is None or (found.error and found.repo) or self._missing_beside(request):
             return None
         if found.error:
             raise NeverLoads(self._broken_message(found), code=NOT_WHOLE)
@@ -98,7 +100,8 @@ class Store:
             found = await self._fetch(request, found, progress)
         if found.error:
             raise NeverLoads(self._broken_message(found), code=NOT_WHOLE)
-        await self._fetch_beside(request, progress)
+        for beside, damaged in await asyncio.to_thread(self._missing_beside, request):
+            await self._fetch(beside, damaged, progress)
         return await asyncio.to_thread(self._as_files, request, found)
 
     async def pull(self, ref: str, progress: Report) -> Pulled:
@@ -277,13 +280,16 @@ class Store:
                 return [*weights, *beside]
         return None
 
-    async def _fetch_beside(self, request: LoadRequest, progress: Report) -> None:
-        """Draft, projector and adapters that are named by Hub references."""
+    def _missing_beside(self, request: LoadRequest) -> list[tuple[LoadRequest, StoredModel | None]]:
+        """Draft, projector and adapters that are named by Hub references and not (or damaged) on disk."""
+        missing = []
         for source in (request.draft, request.projector, *(request.lora or ())):
-            if source is not None and self._shelf.path_of(source) is None:
+            if source is not None and self._shelf.path_of(source) is None and names.parse_ref(source):
                 beside = LoadRequest(source=source)
-                if await asyncio.to_thread(self._shelf.lookup, beside) is None:
-                    await self._fetch(beside, None, progress)
+                found = self._shelf.lookup(beside)
+                if found is None or found.error:
+                    missing.append((beside, found))
+        return missing
 
     # ---- answers
 
@@ -327,6 +333,11 @@ class Store:
 
 def _is_beside_weights(name: str) -> bool:
     return "/" not in name and name.endswith(_BESIDE_WEIGHTS)
+
+
+def _absolute(path: Path) -> Path:
+    """Links are kept: a model's path is shown as the operator knows it."""
+    return Path(os.path.abspath(path.expanduser()))
 
 
 def _tag_of(model: StoredModel) -> str:

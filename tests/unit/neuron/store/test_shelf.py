@@ -302,3 +302,10 @@ def test_a_model_folder_at_the_top_takes_no_other_model_along(models: Path, tmp_
     store = make_store(models, tmp_path, formats=("gguf", "safetensors"))
     store.remove("models", in_use=[])
     assert os.listdir(models) == ["tiny.gguf"]
+
+
+def test_models_dir_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    put(tmp_path, "models/a.gguf")
+    store = make_store(Path("~/models"), tmp_path)
+    assert [m.source for m in store.on_disk()] == [str(tmp_path / "models/a.gguf")]
