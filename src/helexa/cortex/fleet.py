@@ -11,8 +11,7 @@ A node is asked at its configured endpoint, whatever it may say about itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal
 
 import msgspec
@@ -25,7 +24,7 @@ from helexa.core.discovery import DeviceHealth, Discovery, NodeHealth
 from helexa.core.errors import ModelNotFound, NoNode
 from helexa.core.lifecycle import ModelInfo, ModelStatus
 from helexa.core.relay.upstream import Upstream
-from helexa.cortex.listing import Holding, entry, status_rank
+from helexa.cortex.listing import Holding, entry, node_view, status_rank
 from helexa.cortex.names import Names, closest
 
 log = logs.get("cortex.fleet")
@@ -202,7 +201,7 @@ class Fleet:
     def view(self) -> dict[str, Any]:
         """GET /fleet."""
         return {
-            "nodes": [_node_view(node) for node in self.nodes.values()],
+            "nodes": [node_view(node) for node in self.nodes.values()],
             "models": self.entries(),
             "inflight": self.inflight,
             "version": __version__,
@@ -435,29 +434,3 @@ class Fleet:
 def _upstream(entry: NeuronEntry, settings: CortexSettings) -> Upstream:
     headers = {"authorization": f"Bearer {entry.token}"} if entry.token else None
     return Upstream(entry.name, entry.endpoint, headers=headers, connect_s=settings.timeouts.connect_s)
-
-
-def _node_view(node: Node) -> dict[str, Any]:
-    seen: dict[str, Any] = {
-        "name": node.name,
-        "endpoint": node.endpoint,
-        "state": node.state,
-        "since": rfc3339(node.since),
-        "discovery": node.discovery.to_wire() if node.discovery else None,
-        "health": msgspec.to_builtins(node.health) if node.health else None,
-        "version": node.version,
-        "models": list(_models_view(node)),
-    }
-    if node.last_error is not None:
-        seen["last_error"] = node.last_error
-    return {key: value for key, value in seen.items() if value is not None}
-
-
-def _models_view(node: Node) -> Iterator[dict[str, Any]]:
-    for model_id, info in node.models.items():
-        replica = node.replicas.get(model_id)
-        yield {**msgspec.to_builtins(info), "id": model_id, "inflight": replica.inflight if replica else 0}
-
-
-def rfc3339(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,16 +1,23 @@
-"""One model as `GET /v1/models` lists it: what all nodes and the catalogue say about it, merged. Pure.
+"""What is shown of the fleet: a model as `GET /v1/models` lists it, what all nodes and the catalogue say about it
+merged; a node as `GET /fleet` shows it. Pure.
 
 A field is true or absent: what nobody knows is left out, never false or 0 (clients read 0 as a context of nothing).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
 
 from helexa.core.catalogue import ModelProfile
 from helexa.core.lifecycle import ModelInfo, ModelStatus
+
+if TYPE_CHECKING:
+    from helexa.cortex.fleet import Node
 
 # The nearer to an answer, the higher. A word we do not know ranks below everything: it is not routable.
 RANK: Final[dict[str, int]] = {
@@ -114,3 +121,30 @@ def _architecture(capabilities: Collection[str], task: str | None) -> Mapping[st
     inputs = ["text", "image"] if "vision" in capabilities else ["text"]
     kind = next((k for k in _OUTPUT if task == k or k in capabilities), None)
     return {"input_modalities": inputs, "output_modalities": _OUTPUT[kind] if kind else ["text"]}
+
+
+def node_view(node: Node) -> dict[str, Any]:
+    """One of GET /fleet's nodes. Its token is nowhere in it."""
+    seen: dict[str, Any] = {
+        "name": node.name,
+        "endpoint": node.endpoint,
+        "state": node.state,
+        "since": rfc3339(node.since),
+        "discovery": node.discovery.to_wire() if node.discovery else None,
+        "health": msgspec.to_builtins(node.health) if node.health else None,
+        "version": node.version,
+        "models": list(_models_view(node)),
+    }
+    if node.last_error is not None:
+        seen["last_error"] = node.last_error
+    return {key: value for key, value in seen.items() if value is not None}
+
+
+def _models_view(node: Node) -> Iterator[dict[str, Any]]:
+    for model_id, info in node.models.items():
+        replica = node.replicas.get(model_id)
+        yield {**msgspec.to_builtins(info), "id": model_id, "inflight": replica.inflight if replica else 0}
+
+
+def rfc3339(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

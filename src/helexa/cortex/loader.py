@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import ceil
 from typing import Final
 
 import msgspec
@@ -24,7 +23,6 @@ from helexa.core.errors import (
     BadRequest,
     Conflict,
     HelexaError,
-    ModelLoading,
     NoNode,
     Overloaded,
     ShuttingDown,
@@ -34,6 +32,7 @@ from helexa.core.errors import (
 from helexa.core.lifecycle import LoadRequest, ModelInfo, ModelStatus, UnloadRequest
 from helexa.cortex import load_failures, swapper
 from helexa.cortex.fleet import Fleet, Node
+from helexa.cortex.standing import UNDER_WAY, Standing
 from helexa.cortex.swapper import Failure, Kind, Waiter
 
 log = logs.get("cortex.loader")
@@ -41,7 +40,6 @@ log = logs.get("cortex.loader")
 # A node answers a load once it knows the file and the memory; that may include asking the Hub about a repository.
 ANSWER_S: Final = 60.0
 
-UNDER_WAY: Final = frozenset({ModelStatus.LOADING, ModelStatus.DOWNLOADING, ModelStatus.RECOVERING})
 _HELD: Final = UNDER_WAY | {ModelStatus.LOADED, ModelStatus.UNLOADING}
 
 
@@ -104,14 +102,7 @@ class Loader:
     def progress(self, model_id: str) -> bytes | None:
         """How a load stands, for heartbeats: b"loading qwen on beast: 43 %". None where nobody waits for one."""
         pursuit = self._state.wanted.get(model_id)
-        if pursuit is None or not pursuit.waiters:
-            return None
-        if pursuit.node is None:
-            return _line(f"waiting for a node that can load {model_id}")
-        info = self._info(model_id, pursuit.node)
-        fraction = info.progress.fraction if info is not None and info.progress is not None else None
-        percent = f": {fraction:.0%}".replace("%", " %") if fraction is not None else ""
-        return _line(f"{_doing(info)} {model_id} on {pursuit.node}{percent}")
+        return self._standing(model_id).heartbeat() if pursuit is not None and pursuit.waiters else None
 
     # for operators
 
@@ -223,7 +214,11 @@ class Loader:
         return min(able, key=_preference, default=(None, None))[0]
 
     async def _pursue(self, model_id: str, node: Node) -> None:
-        failure = await self._see_through(model_id, node)
+        try:
+            failure = await self._see_through(model_id, node)
+        except Exception as err:  # a fault of ours must not leave everybody waiting for a load that nobody follows
+            log.exception("following a load went wrong", model=model_id, node=node.name)
+            failure = Failure(node.name, Kind.FAILED, f"{type(err).__name__}: {err}")
         if failure is not None and failure.kind is Kind.DIFFERENT:
             failure = None  # loaded, if not as the catalogue has it: good enough for a request
         self._feed(swapper.Ended(model_id, node.name, failure))
@@ -245,9 +240,6 @@ class Loader:
             failure = None if _status(node, model_id) in UNDER_WAY else await self._order(model_id, node)
             if failure is None:
                 failure = await self._follow(model_id, node)
-        except Exception as err:  # a fault of ours must not leave everybody waiting for a load that nobody follows
-            log.exception("following a load failed", model=model_id, node=node.name)
-            failure = Failure(node.name, Kind.FAILED, f"{type(err).__name__}: {err}")
         finally:
             del self._began[key]
         seconds = loop.time() - began
@@ -372,50 +364,24 @@ class Loader:
             case swapper.Why.QUEUE_FULL:
                 return Overloaded(
                     f"{model} is loading, and {self._state.queue} requests wait for it already ([loading] queue)",
-                    retry_after_s=max(1, ceil(self._eta_s(model) or 5)),
+                    retry_after_s=self._standing(model).retry_after_s,
                 )
             case swapper.Why.TIMED_OUT:
-                return self._still_loading(model)
+                return self._standing(model).still_loading()
             case swapper.Why.NO_PLACE:
                 until = [r.until - now for r in self._state.resting(model, now)]
                 return load_failures.no_place(self._fleet, model, refusal.failures, min(until, default=5))
 
-    def _still_loading(self, model_id: str) -> ModelLoading:
-        pursuit = self._state.wanted.get(model_id)
-        node = pursuit.node if pursuit is not None else None
-        if node is None:
-            return ModelLoading(
-                f"{model_id} waited for a node that can load it; try again", details={"loading": {"state": "waiting"}}
-            )
-        info, eta_s = self._info(model_id, node), self._eta_s(model_id)
-        loading: dict[str, object] = {"state": info.status if info is not None else "loading", "node": node}
-        if info is not None and info.progress is not None and info.progress.fraction is not None:
-            loading["progress"] = info.progress.fraction
-        if eta_s is not None:
-            loading["eta_seconds"] = round(eta_s, 1)
-        retry = max(1, min(60, ceil(eta_s))) if eta_s is not None else 5
-        return ModelLoading(
-            f"{model_id} is still {_doing(info)} on {node}; try again in {retry} s",
-            retry_after_s=retry,
-            details={"loading": loading},
-        )
-
-    def _eta_s(self, model_id: str) -> float | None:
-        """Seconds until it is loaded: the node's own figure, else from the last load there; never a guess."""
+    def _standing(self, model_id: str) -> Standing:
         pursuit = self._state.wanted.get(model_id)
         if pursuit is None or pursuit.node is None:
-            return None
-        info = self._info(model_id, pursuit.node)
-        if info is not None and info.progress is not None and info.progress.eta_seconds is not None:
-            return info.progress.eta_seconds
-        took, began = self._took_s.get((model_id, pursuit.node)), self._began.get((model_id, pursuit.node))
-        if took is None or began is None:
-            return None
-        left = took - (asyncio.get_running_loop().time() - began)
-        return left if left > 0 else None
-
-    def _info(self, model_id: str, node: str) -> ModelInfo | None:
-        return self._fleet.nodes[node].models.get(model_id)
+            return Standing(model_id)
+        key = (model_id, pursuit.node)
+        took_s, began = self._took_s.get(key), self._began.get(key)
+        left_s = None
+        if took_s is not None and began is not None:
+            left_s = took_s - (asyncio.get_running_loop().time() - began)
+        return Standing(model_id, pursuit.node, self._fleet.nodes[pursuit.node].models.get(model_id), left_s)
 
     def _node(self, name: str) -> Node:
         node = self._fleet.nodes.get(name)
@@ -451,16 +417,6 @@ def _preference(candidate: tuple[Node, ModelInfo | None]) -> tuple[bool, bool, b
 
 def _shutting_down() -> ShuttingDown:
     return ShuttingDown("this gateway is shutting down; try again in a moment")
-
-
-def _doing(info: ModelInfo | None) -> str:
-    status = info.parsed_status if info is not None else None
-    return status.value if status in UNDER_WAY and status is not None else "loading"
-
-
-def _line(text: str) -> bytes:
-    """As one line: a file's name may hold a line break."""
-    return "".join(c if c.isprintable() else "?" for c in text).encode()
 
 
 def _words(err: BaseException) -> str:

@@ -38,10 +38,10 @@ class Kind(Enum):
 
 
 # Seconds that a node is left alone after a failure of each kind: the first time, and at most (each time doubles it).
-# Room may come with any unload, and asking for it costs a millisecond; a load that failed may have cost minutes.
+# Room may come with any unload, a file may be mended, and asking costs milliseconds; a failed load cost minutes.
 REST_S: Final[dict[Kind, tuple[float, float]]] = {
     Kind.NO_ROOM: (1, 1),
-    Kind.NEVER: (30, 300),
+    Kind.NEVER: (10, 60),
     Kind.FAILED: (10, 300),
     Kind.GONE: (2, 30),
     Kind.BUSY: (0.5, 2),

@@ -1,0 +1,69 @@
+"""How a load stands, as those who wait for it are told. Pure. What nobody knows is left out, never guessed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Final
+
+from helexa.core.errors import ModelLoading
+from helexa.core.lifecycle import ModelInfo, ModelStatus
+
+UNDER_WAY: Final = frozenset({ModelStatus.LOADING, ModelStatus.DOWNLOADING, ModelStatus.RECOVERING})
+
+RETRY_AFTER_S: Final = 5  # where there is no estimate
+RETRY_AFTER_MOST_S: Final = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """node: None while one is looked for. info: what that node says. left_s: from the last load there."""
+
+    model: str
+    node: str | None = None
+    info: ModelInfo | None = None
+    left_s: float | None = None
+
+    @property
+    def doing(self) -> str:
+        status = self.info.parsed_status if self.info is not None else None
+        return status.value if status is not None and status in UNDER_WAY else ModelStatus.LOADING.value
+
+    @property
+    def fraction(self) -> float | None:
+        return self.info.progress.fraction if self.info is not None and self.info.progress is not None else None
+
+    @property
+    def eta_s(self) -> float | None:
+        """The node's own figure before ours."""
+        if self.info is not None and self.info.progress is not None and self.info.progress.eta_seconds is not None:
+            return self.info.progress.eta_seconds
+        return self.left_s if self.left_s is not None and self.left_s > 0 else None
+
+    @property
+    def retry_after_s(self) -> int:
+        return max(1, min(RETRY_AFTER_MOST_S, ceil(self.eta_s))) if self.eta_s is not None else RETRY_AFTER_S
+
+    def heartbeat(self) -> bytes:
+        """As one line: a file's name may hold a line break."""
+        if self.node is None:
+            text = f"waiting for a node that can load {self.model}"
+        else:
+            percent = f": {self.fraction * 100:.0f} %" if self.fraction is not None else ""
+            text = f"{self.doing} {self.model} on {self.node}{percent}"
+        return "".join(c if c.isprintable() else "?" for c in text).encode()
+
+    def still_loading(self) -> ModelLoading:
+        """For a request that cannot wait longer."""
+        told: dict[str, Any] = {
+            "state": self.doing if self.node is not None else "waiting",
+            "node": self.node,
+            "progress": self.fraction,
+            "eta_seconds": round(self.eta_s, 1) if self.eta_s is not None else None,
+        }
+        doing = f"{self.doing} on {self.node}" if self.node is not None else "waiting for a node that can load it"
+        return ModelLoading(
+            f"{self.model} is still {doing}; try again in {self.retry_after_s} s",
+            retry_after_s=self.retry_after_s,
+            details={"loading": {key: value for key, value in told.items() if value is not None}},
+        )
