@@ -32,10 +32,11 @@ class NodeDirector:
         self._stall_s = stall_s
         self._ended: list[tuple[Exchange, str]] = []  # with the model's id; written once a second
 
-    # HOT, once per request: what the model's admission and the session's look at the body cost, and nothing more.
+    # HOT, once per request: a look for two headers, and what admission and the session's look at the body cost.
     def route(self, exchange: Exchange) -> Route | Awaitable[Route]:
         if self._guard.has_token:
             self._guard.check_token(exchange.header("authorization"))
+        self._guard.check_host(exchange.header("host"))
         if self.models is None:
             raise Overloaded(STARTING, retry_after_s=1)
         seat = self.models.admit(exchange)

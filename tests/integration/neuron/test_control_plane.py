@@ -171,6 +171,12 @@ def test_a_foreign_host_is_refused_everywhere(daemon: Daemon, path: str) -> None
     assert "allowed_hosts" in error_of(response)["message"]
 
 
+def test_a_foreign_host_may_not_ask_for_tokens_either(daemon: Daemon) -> None:
+    response = daemon.http.post("/v1/chat/completions", {"model": "a"}, headers={"host": "rebound.evil.example"})
+    assert response.status == 403
+    assert error_of(response)["code"] == "permission_denied"
+
+
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:1", "[::1]", "gpu.example.com", "gpu.internal", "gpu"])
 def test_our_own_names_are_let_in(daemon: Daemon, host: str) -> None:
     assert daemon.http.get("/health", headers={"host": host}).status == 200

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
 from helexa.core.errors import InvalidApiKey, PermissionDenied
-from helexa.neuron.guard import Guard
+from helexa.neuron.guard import Guard, own_names
 
 OURS = [
     None,
@@ -67,3 +68,11 @@ def test_anything_but_the_token_is_refused(sent: str | None) -> None:
 def test_without_a_token_nobody_needs_one() -> None:
     Guard(None, []).check_token(None)
     Guard(None, []).check_token("Bearer whatever")
+
+
+def test_the_hostname_is_ours_in_the_domains_that_are_searched(tmp_path: Path) -> None:
+    resolv = tmp_path / "resolv.conf"
+    resolv.write_text("# comment\nsearch eng.acme.example lab.acme.example\nnameserver 10.0.0.1\noptions ndots:1\n")
+    host = socket.gethostname()
+    assert own_names(resolv) == [host, f"{host}.eng.acme.example", f"{host}.lab.acme.example"]
+    assert own_names(tmp_path / "absent") == [host]
