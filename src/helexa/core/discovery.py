@@ -50,7 +50,7 @@ class DeviceHealth(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class NodeHealth(msgspec.Struct, kw_only=True):
-    """status: "ok" | "degraded" (a device is in error) | "draining"."""
+    """status: "starting" (devices not known yet) | "ok" | "degraded" (a device is in error) | "draining"."""
 
     status: str
     uptime_secs: float

@@ -108,6 +108,7 @@ class Neuron:
         finally:
             waiting.cancel()
             starting.cancel()
+            await asyncio.wait({starting})
             await self._end()
 
     def stop(self) -> None:
