@@ -9,13 +9,16 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Final
 
 from tests.helpers.http import Http
 
+ROOT: Final = Path(__file__).parents[2]
 START_S: Final = 30.0
 STOP_S: Final = 30.0
 
@@ -99,7 +102,7 @@ def neuron(
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("NEURON_", "CORTEX_", "HF_"))}
     # a socket's path may have 107 bytes, and pytest's folders have long names
     with tempfile.TemporaryDirectory(prefix="helexa-test-") as runtime:
-        clean |= {"HF_HOME": str(folder / "hf"), "XDG_RUNTIME_DIR": runtime} | (env or {})
+        clean |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf"), "XDG_RUNTIME_DIR": runtime} | (env or {})
         daemon = Daemon(["-m", module, "serve", "--config", str(config), "--port", "0", *args], clean)
         daemon.runtime = Path(runtime)
         try:
@@ -107,3 +110,48 @@ def neuron(
             yield daemon
         finally:
             daemon.close()
+
+
+class Events:
+    """GET /events, read by a thread; waits for the event that fits. seen: when each came, and what it said."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.seen: list[tuple[float, dict[str, Any]]] = []
+        self._news = threading.Condition()
+        self._http = Http(daemon.url, timeout_s=10)  # comments come more often
+        self._thread = threading.Thread(target=self._read, daemon=True)
+
+    def __enter__(self) -> Events:
+        self._thread.start()
+        self.wait_for(type="snapshot")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass  # the thread ends with the daemon
+
+    def wait_for(self, *, after: int = -1, **fields: Any) -> tuple[float, dict[str, Any]]:
+        """The first event with these fields and a number above `after`, and when it came."""
+
+        def found() -> tuple[float, dict[str, Any]] | None:
+            return next((it for it in self.seen if it[1]["seq"] > after and fields.items() <= it[1].items()), None)
+
+        with self._news:
+            self._news.wait_for(lambda: found() is not None, 30)
+            it = found()
+        assert it is not None, f"no {fields} in {self.seen}"
+        return it
+
+    def ended(self) -> bool:
+        """The daemon ended the stream, within some seconds."""
+        self._thread.join(10)
+        return not self._thread.is_alive()
+
+    def _read(self) -> None:
+        try:
+            with self._http.stream("GET", "/events") as response:
+                for event in response.events():
+                    with self._news:
+                        self.seen.append((time.monotonic(), event))
+                        self._news.notify_all()
+        except (OSError, HTTPException):
+            pass  # the daemon's end
