@@ -26,13 +26,13 @@ from helexa.core.config import CortexSettings, split_listen
 from helexa.core.errors import Dialect, ShuttingDown
 from helexa.core.relay.contract import Endpoint
 from helexa.core.relay.server import Server
+from helexa.core.request_log import RequestLog
 from helexa.cortex.control import ControlPlane, metrics_response
 from helexa.cortex.director import CortexDirector
 from helexa.cortex.fleet import Fleet
 from helexa.cortex.loader import Loader, LoadRecord
 from helexa.cortex.metrics import Metrics
 from helexa.cortex.poller import Poller
-from helexa.cortex.request_log import RequestLog
 
 log = logs.get("cortex")
 
@@ -124,7 +124,7 @@ class Cortex:
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, signals.put_nowait, sig.name)
         addresses = await self.start()
-        log.info("listening", api=addresses.api, metrics=addresses.metrics, version=__version__,
+        log.info("listening", url=f"http://{addresses.api}", metrics=addresses.metrics, version=__version__,
                  nodes=len(self.fleet.nodes), models=len(self.fleet.profiles))  # fmt: skip
         for warning in exposure(self.settings):
             log.warning(warning)

@@ -28,11 +28,11 @@ from helexa.core.errors import (
 )
 from helexa.core.lifecycle import ModelInfo, ModelStatus
 from helexa.core.relay.contract import Exchange, Route
+from helexa.core.request_log import RequestLog
 from helexa.cortex import refusals
 from helexa.cortex.fleet import Fleet, Node, Replica
 from helexa.cortex.loader import Loader
 from helexa.cortex.metrics import OTHER, Metrics, Series
-from helexa.cortex.request_log import RequestLog
 from helexa.cortex.router import choose
 
 log = logs.get("cortex.director")

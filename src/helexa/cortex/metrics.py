@@ -10,14 +10,13 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
-from helexa.core.errors import status_for
 from helexa.core.relay.contract import Exchange
+from helexa.core.request_log import outcome, tokens_per_second
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
 OTHER: Final = "other"
-CLIENT_GONE: Final = 499  # nginx's number, which dashboards know
 
 # LLM serving reaches from a cached first token to an answer of ten minutes.
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -209,27 +208,3 @@ class _Collector:
 
     def collect(self) -> Iterator[Metric]:
         return self._metrics.families(self._node_up)
-
-
-def outcome(exchange: Exchange) -> int:
-    """The status that tells how it ended: a 200 whose stream broke off is no success."""
-    if exchange.client_gone:
-        return CLIENT_GONE
-    if exchange.error is not None and exchange.status < 400:
-        return status_for(exchange.error, exchange.endpoint.dialect)
-    return exchange.status
-
-
-def tokens_per_second(exchange: Exchange) -> float | None:
-    """The engine's own count over its own decode time where it reports them; else what a stream let us see."""
-    timings = exchange.timings
-    if timings:
-        count, took_ms = timings.get("predicted_n"), timings.get("predicted_ms")
-        if count and took_ms:
-            return float(count) / float(took_ms) * 1000.0
-    usage = exchange.usage
-    if usage is None or usage.completion_tokens < 2 or not exchange.t_first_token:
-        return None
-    took_s = exchange.t_end - exchange.t_first_token
-    # The first token's time is the start of the interval, so it is not counted among those that fill it.
-    return (usage.completion_tokens - 1) / took_s if took_s > 0 else None
