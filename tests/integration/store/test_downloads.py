@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import shutil
+import socket
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -421,3 +426,38 @@ def test_a_name_that_leads_out_of_the_cache_is_not_taken(hub: FakeHub, home: Pat
     assert resolve(make_store(home), source="acme/evil").name == "ok-Q8_0.gguf"
     with pytest.raises(ModelNotFound):
         resolve(make_store(home), source="acme/evil:Q4_0")
+
+
+def test_a_proxy_is_used_unless_the_host_is_excepted(hub: FakeHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub stands in for a proxy: it is asked for whole addresses of a host that nobody can resolve."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.invalid")
+    monkeypatch.setenv("http_proxy", hub.endpoint)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # the CDN
+    assert resolve(make_store(home), source=REPO).read_bytes() == Q4
+    assert {s.path.startswith("http://hub.invalid/") for s in hub.seen if s.server == "hub"} == {True}
+    assert {s.path.startswith("/cdn/") for s in hub.seen if s.server == "cdn"} == {True}
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
+def test_a_certificate_that_is_not_trusted_is_told_at_once(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=localhost -days 2"
+    subprocess.run([*command.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("HF_ENDPOINT", f"https://localhost:{listener.getsockname()[1]}")
+
+        def shake_hands() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                context.wrap_socket(connection, server_side=True).close()
+
+        server = threading.Thread(target=shake_hands)
+        server.start()
+        with pytest.raises(LoadFailed, match="the certificate of localhost is not trusted"):
+            resolve(make_store(home, backoff_s=60), source=REPO)
+        server.join()

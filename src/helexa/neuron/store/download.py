@@ -236,13 +236,14 @@ class Partial:
 class Meter:
     """Counts bytes and tells of them a few times a second."""
 
-    def __init__(self, total: int, report: Report) -> None:
+    def __init__(self, total: int, report: Report, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._total = total
         self._report = report
         self._done = 0
         self._received = 0  # in this run: what the rate is of
-        self._began = time.monotonic()
-        self._told = 0.0
+        self._began = clock()
+        self._told = self._began - _REPORT_EVERY_S
 
     def resumed(self, done: int) -> None:
         """Position without having received anything."""
@@ -252,7 +253,7 @@ class Meter:
     def at(self, done: int) -> None:
         self._received += max(done - self._done, 0)
         self._done = done
-        if time.monotonic() - self._told >= _REPORT_EVERY_S:
+        if self._clock() - self._told >= _REPORT_EVERY_S:
             self._tell()
 
     def finish(self) -> None:
@@ -260,7 +261,7 @@ class Meter:
         self._tell()
 
     def _tell(self) -> None:
-        self._told = now = time.monotonic()
+        self._told = now = self._clock()
         elapsed = now - self._began
         left = self._total - self._done
         rate = self._received / elapsed if elapsed > 1 else 0
