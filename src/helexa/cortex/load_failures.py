@@ -32,6 +32,7 @@ _BY_CODE: Final[dict[str, Kind]] = {
     "model_unloading": Kind.BUSY,
     "shutting_down": Kind.GONE,
     "load_failed": Kind.FAILED,
+    "overloaded": Kind.BUSY,  # it has just started, and looks at its devices still
 }
 # 400: an option of this profile; 403, 404: a source that this node may not or cannot get.
 _BY_STATUS: Final[dict[int, Kind]] = {400: Kind.NEVER, 403: Kind.NEVER, 404: Kind.NEVER, 422: Kind.NEVER}

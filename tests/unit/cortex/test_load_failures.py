@@ -42,6 +42,8 @@ def body(code: str, message: str = "why", **details: Any) -> bytes:
         (503, body("model_unloading"), Kind.BUSY),
         (503, body("shutting_down"), Kind.GONE),
         (503, body("load_failed"), Kind.FAILED),
+        (503, body("overloaded"), Kind.BUSY),
+        (422, body("insufficient_disk"), Kind.NEVER),
         (500, b"<html>oops</html>", Kind.FAILED),
         (500, b"", Kind.FAILED),
         (500, b'{"error": "\xff"}', Kind.FAILED),
