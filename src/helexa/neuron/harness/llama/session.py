@@ -89,7 +89,7 @@ class LlamaSession:
         return len((await self._ask(engine, "/tokenize", order))["tokens"])
 
     async def _ask(self, engine: Upstream, path: str, body: bytes) -> dict[str, Any]:
-        answer = await engine.fetch("POST", path, body, headers={"content-type": "application/json"})
+        answer = await engine.fetch("POST", path, body)
         if answer.status != 200:
             raise refusals.translate(self._model, CHAT, answer.status, answer.body)
         found: dict[str, Any] = answer.json(dict[str, Any])
