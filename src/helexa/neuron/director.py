@@ -12,25 +12,25 @@ from typing import Final
 from helexa.core import logs
 from helexa.core.errors import HelexaError, Overloaded
 from helexa.core.relay.contract import Exchange, Route
+from helexa.core.request_log import RequestLog
 from helexa.neuron.admission import Seat
 from helexa.neuron.guard import Guard
-from helexa.neuron.metrics import OTHER, Metrics, tokens_of
+from helexa.neuron.metrics import OTHER, Metrics
 from helexa.neuron.models import Models
 
-_log = logs.get("neuron.requests")
-FLUSH_AT: Final = 256  # lines: some milliseconds of formatting at once, however busy the second
+_log = logs.get("neuron.director")
 STARTING: Final = "The node is starting and still looks at its devices; try again in a second."
 
 
 class NodeDirector:
     """models: set by the daemon once it knows its devices; until then requests are told to try again."""
 
-    def __init__(self, guard: Guard, metrics: Metrics, *, stall_s: float) -> None:
+    def __init__(self, guard: Guard, metrics: Metrics, request_log: RequestLog, *, stall_s: float) -> None:
         self.models: Models | None = None
         self._guard = guard
         self._metrics = metrics
+        self._request_log = request_log
         self._stall_s = stall_s
-        self._ended: list[tuple[Exchange, str]] = []  # with the model's id; written once a second
 
     # HOT, once per request: a look for two headers, and what admission and the session's look at the body cost.
     def route(self, exchange: Exchange) -> Route | Awaitable[Route]:
@@ -69,20 +69,11 @@ class NodeDirector:
         seat: Seat | None = exchange.state
         model = OTHER if seat is None else seat.model_id
         self._metrics.count(model, exchange)
-        exchange.body = b""  # megabytes for an image; nobody reads it after the end
-        self._ended.append((exchange, model))
-        if len(self._ended) >= FLUSH_AT:
-            self.write_log()
+        self._request_log.add(exchange)
 
     def is_stalled(self, exchange: Exchange, route: Route, silent_s: float) -> bool:
         seat: Seat = exchange.state
         return time.monotonic() - seat.host_progress() >= self._stall_s
-
-    def write_log(self, _loop_time: float = 0.0) -> None:
-        """One line for each request. Once a second, and once at the end: no formatting where tokens pass."""
-        ended, self._ended = self._ended, []
-        for exchange, model in ended:
-            _log.info("request", **fields(exchange, model))
 
 
 def _seated(exchange: Exchange, seat: Seat) -> Route:
@@ -97,33 +88,3 @@ def _seated(exchange: Exchange, seat: Seat) -> Route:
 
 async def _when_seated(exchange: Exchange, seat: Awaitable[Seat]) -> Route:
     return _seated(exchange, await seat)
-
-
-def fields(exchange: Exchange, model: str) -> dict[str, object]:
-    """What is known of a request, in the order it is read; what is unknown is left out."""
-    start = exchange.t_start
-    line: dict[str, object] = {
-        "request_id": exchange.request_id,
-        "client": exchange.client,
-        "endpoint": exchange.endpoint.path,
-        "model": exchange.model if model == OTHER else model,
-        "status": exchange.status,
-        "stream": exchange.stream,
-        "seconds": round(exchange.t_end - start, 4),
-    }
-    if exchange.t_first_token:
-        line["first_token_s"] = round(exchange.t_first_token - start, 4)
-    if (used := tokens_of(exchange)) is not None:
-        line["prompt_tokens"] = used.prompt_tokens
-        line["completion_tokens"] = used.completion_tokens
-        line["cached_tokens"] = used.cached_tokens
-    if exchange.timings and (speed := exchange.timings.get("predicted_per_second")):
-        line["tokens_per_s"] = round(speed, 1)
-    if exchange.finish_reason is not None:
-        line["finish_reason"] = exchange.finish_reason
-    if exchange.client_gone:
-        line["client_gone"] = True
-    if exchange.error is not None:
-        line["error"] = exchange.error.code
-        line["message"] = exchange.error.message
-    return line

@@ -11,7 +11,9 @@ import gc
 import math
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Awaitable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +26,7 @@ from helexa.core.config import NeuronSettings
 from helexa.core.errors import Dialect, ShuttingDown
 from helexa.core.relay.contract import Endpoint
 from helexa.core.relay.server import Server
+from helexa.core.request_log import RequestLog
 from helexa.neuron.app import ControlPlane, Node
 from helexa.neuron.director import NodeDirector
 from helexa.neuron.discovery import Probe, discover
@@ -70,7 +73,8 @@ class Neuron:
             devices=lambda: self._node.discovery.devices if self._node else [],
             health=lambda: self._node.models.device_health() if self._node else [],
         )
-        self._director = NodeDirector(guard, self._metrics, stall_s=settings.timeouts.stall_s)
+        self._request_log = RequestLog(_to_stderr, as_json=logs.writes_json(), now=time.time)
+        self._director = NodeDirector(guard, self._metrics, self._request_log, stall_s=settings.timeouts.stall_s)
         self._plane = ControlPlane(guard=guard, hub=self._hub, metrics=self._metrics, harnesses=harnesses)
         self._server = Server(
             director=self._director,
@@ -81,7 +85,7 @@ class Neuron:
             body_limit_mb=settings.body_limit_mb,
             inside=True,
         )
-        self._server.on_tick.append(self._director.write_log)
+        self._server.on_tick.append(self._request_log.flush)
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
 
@@ -187,7 +191,7 @@ class Neuron:
             await self._node.models.stop()
         self._hub.close()
         await self._server.close()
-        self._director.write_log()
+        self._request_log.flush()
         if self._probe is not None:
             self._probe.close()
         _log.info("stopped")
@@ -218,3 +222,8 @@ def run(settings: NeuronSettings, harnesses: Mapping[str, Harness] | None = None
 
 def url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _to_stderr(lines: str) -> None:
+    sys.stderr.write(lines)
+    sys.stderr.flush()
