@@ -1,5 +1,5 @@
-"""The gateways that are compared, each at the settings its makers would choose for this: one upstream, no retries in the
-way, no request log, one worker. A `Proxy` says how to start one on a port, in front of the stub."""
+"""The gateways that are compared, each at the settings its makers would choose for this: one upstream, no request log
+(cortex writes its own), one worker. A `Proxy` says how to start one on a port, in front of the stub."""
 
 from __future__ import annotations
 
@@ -48,17 +48,19 @@ def _cortex(port: int, stub: int, folder: Path) -> list[str]:
 
 def _nginx(port: int, stub: int, folder: Path) -> list[str]:
     config = folder / "nginx.conf"
-    config.write_text(f"""
-worker_processes 1; daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log error;
-events {{ worker_connections 8192; }}
-http {{
-  access_log off; keepalive_requests 100000000; tcp_nodelay on; client_max_body_size 64m; client_body_buffer_size 1m;
-  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
-  upstream node {{ server 127.0.0.1:{stub}; keepalive 2048; keepalive_requests 100000000; }}
-  server {{ listen 127.0.0.1:{port} backlog=4096;
-    location / {{ proxy_pass http://node; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off; }} }}
-}}
-""")
+    temp = "".join(
+        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    config.write_text(
+        f"worker_processes 1; daemon off; pid {folder}/pid; error_log {folder}/error.log error;\n"
+        "events { worker_connections 8192; }\n"
+        "http { access_log off; keepalive_requests 100000000; client_max_body_size 64m; client_body_buffer_size 1m;\n"
+        f"{temp}\n"
+        f"upstream node {{ server 127.0.0.1:{stub}; keepalive 2048; keepalive_requests 100000000; }}\n"
+        f"server {{ listen 127.0.0.1:{port} backlog=4096;\n"
+        "location / { proxy_pass http://node; proxy_http_version 1.1; proxy_buffering off;\n"
+        'proxy_set_header Connection ""; } } }\n'
+    )
     return [need("nginx", "nginx"), "-c", str(config), "-p", str(folder)]
 
 
