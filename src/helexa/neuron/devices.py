@@ -7,6 +7,7 @@ cannot disagree. Readings are kept: only `refresh` looks at a device, in a threa
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -22,6 +23,9 @@ from helexa.neuron.memory import Claim, Ledger
 _log = logs.get("neuron.devices")
 
 READING_S: Final = 5.0  # a driver that takes longer is left alone, and its last figures stand
+BACK_S: Final = 3.0  # what a driver gets to give a dead process's memory back
+BACK_LOOK_S: Final = 0.02
+BACK_SHARE: Final = 0.9  # of what was measured: somebody else may take some meanwhile
 WORTH_TELLING: Final = 0.01  # of a device's memory: smaller changes make no event
 
 
@@ -34,6 +38,7 @@ class Devices:
         self._probe = probe
         self._on_change = on_change
         self._devices = probe.discovery().devices
+        self._kinds = {device.index: device.kind for device in self._devices}
         self._readings: dict[int, DeviceHealth] = {}
         self._told: dict[int, DeviceHealth] = {}
         self._looking: asyncio.Task[list[DeviceHealth]] | None = None
@@ -53,6 +58,29 @@ class Devices:
         except Exception as err:
             _log.warning("the devices could not be read; their last figures stand", error=str(err))
         self.tell()
+
+    @property
+    def is_stuck(self) -> bool:
+        """A look at the devices has begun and does not end."""
+        return self._looking is not None and not self._looking.done()
+
+    def says_mb(self) -> dict[int, int | None]:
+        """What each device last said is free."""
+        return {device.index: self._says_mb(device.index) for device in self._devices}
+
+    async def given_back(self, claim: Claim, before_mb: Mapping[int, int | None]) -> None:
+        """After its host ended: returns when the devices say that its memory is back, or after a bounded while.
+
+        The kernel frees a process's own memory before it is reaped; a driver may take longer to free a device's.
+        """
+        wanted = {index: mb * BACK_SHARE for index, mb in claim.taken_mb.items() if self._kinds.get(index) != "cpu"}
+        until = time.monotonic() + BACK_S
+        while True:
+            await self.refresh()
+            now = {index: self._says_mb(index) for index in wanted}
+            if all((now[i] or 0) - (before_mb[i] or 0) >= mb for i, mb in wanted.items()) or time.monotonic() > until:
+                return
+            await asyncio.sleep(BACK_LOOK_S)
 
     def health(self) -> list[DeviceHealth]:
         """From memory. Free is what a load may take, used at least what our models hold."""

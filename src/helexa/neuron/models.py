@@ -27,20 +27,22 @@ from helexa.core.errors import (
     HelexaError,
     ModelNotFound,
     NeverLoads,
-    ShuttingDown,
     Transient,
+    UpstreamError,
     nearest,
 )
 from helexa.core.lifecycle import Estimate, LoadRequest, ModelInfo, ModelStatus, UnloadRequest
 from helexa.core.relay.contract import Exchange
+from helexa.neuron import refusals
 from helexa.neuron.admission import Seat
 from helexa.neuron.devices import Devices
 from helexa.neuron.discovery import Probe
 from helexa.neuron.harness import reference
 from helexa.neuron.harness.base import Harness
 from helexa.neuron.hosts import Hosts
+from helexa.neuron.listing import info_of, stored_info
 from helexa.neuron.planner import Planner
-from helexa.neuron.resident import BUSY, Counts, House, Resident, not_loaded
+from helexa.neuron.resident import BUSY, Counts, House, Resident
 from helexa.neuron.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -114,7 +116,7 @@ class Models:
         """The drain begins: nobody is admitted any more, and who waits is told so. Running requests go on."""
         self._shutdown = True
         for resident in self._residents.values():
-            resident.close_admission(_shutting_down)
+            resident.close_admission(refusals.shutting_down)
 
     async def stop(self) -> None:
         """All hosts are gone, and the folder of their sockets. Bounded; what still runs is cut."""
@@ -122,7 +124,7 @@ class Models:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(resident.stop(_shutting_down) for resident in self._residents.values()))
+        await asyncio.gather(*(resident.stop(refusals.shutting_down) for resident in self._residents.values()))
         await self._hosts.close()
 
     # listings, from memory
@@ -138,14 +140,14 @@ class Models:
         infos = [self._info(resident) for resident in self._residents.values()]
         for model_id, stored in self._on_disk.items():
             if model_id not in self._residents and not in_use.intersection(stored.files):
-                infos.append(_stored_info(stored))
+                infos.append(stored_info(stored))
         return infos
 
     def info(self, model_id: str) -> ModelInfo | None:
         if resident := self._residents.get(model_id):
             return self._info(resident)
         stored = self._on_disk.get(model_id)
-        return None if stored is None else _stored_info(stored)
+        return None if stored is None else stored_info(stored)
 
     def device_health(self) -> list[DeviceHealth]:
         return self._devices.health()
@@ -181,7 +183,7 @@ class Models:
         LoadFailed, ShuttingDown; ModelUnloading when it was unloaded meanwhile.
         """
         if self._shutdown:
-            raise _shutting_down()
+            raise refusals.shutting_down()
         self._check_named(request)
         self._store.check_request_allowed(request, local_caller=local_caller)
         if self._probe.refuse_loads is not None:
@@ -236,16 +238,20 @@ class Models:
         resident = self._residents.get(model)
         if resident is None or resident.serving is None:
             raise self._refusal(model)
-        return await resident.serving.seats.session.count_tokens(body, resident.serving.upstream)
+        serving = resident.serving
+        try:
+            return await serving.seats.session.count_tokens(body, serving.upstream)
+        except (ConnectionError, TimeoutError) as err:
+            raise UpstreamError(f"The host of {model} did not count the tokens: {err}. Try again.") from err
 
     def _refusal(self, model: str) -> HelexaError:
         if self._shutdown:
-            return _shutting_down()
+            return refusals.shutting_down()
         resident = self._residents.get(model)
         if resident is None:
             if model not in self._on_disk:
                 return self._unknown(model)
-            return not_loaded(model, self._house.node)
+            return refusals.not_loaded(model, self._house.node)
         return resident.refusal()
 
     def _unknown(self, model: str) -> HelexaError:
@@ -271,17 +277,12 @@ class Models:
             del self._residents[resident.id]
 
     def _info(self, resident: Resident) -> ModelInfo:
-        info = resident.info()
-        stored = self._on_disk.get(resident.id)
-        if stored is not None:
-            info.size_bytes = info.size_bytes or stored.size_bytes
-            info.quant = info.quant or stored.quant
-            info.source = info.source or stored.source
-        return info
+        harness = None if resident.placed is None else self._planner.name_of(resident.placed.harness)
+        return info_of(resident, self._on_disk.get(resident.id), harness)
 
     def _changed(self, resident: Resident) -> None:
         if self._shutdown and resident.seats is not None:
-            resident.close_admission(_shutting_down)
+            resident.close_admission(refusals.shutting_down)
         self._publish("model", msgspec.to_builtins(self._info(resident)))
 
     def _check_named(self, request: LoadRequest) -> None:
@@ -319,10 +320,10 @@ class Models:
             if resident.serving is not None:
                 resident.serving.host.look()
         if looks % REFRESH_LOOKS == 0:
-            for resident in residents:
-                if await resident.measure():
-                    self._changed(resident)
             await self._devices.refresh()
+            for resident in residents:
+                if not self._devices.is_stuck and await resident.measure():
+                    self._changed(resident)
         if looks % DISK_LOOKS == 0:
             await self._scan()
 
@@ -331,7 +332,7 @@ class Models:
         found = {stored.id: stored for stored in await asyncio.to_thread(self._store.on_disk)}
         before, self._on_disk = self._on_disk, found
         for model_id in found.keys() - before.keys() - self._residents.keys():
-            self._publish("model", msgspec.to_builtins(_stored_info(found[model_id])))
+            self._publish("model", msgspec.to_builtins(stored_info(found[model_id])))
 
     def _first_usable(self) -> Harness | None:
         return next((harness for harness in self._harnesses.values() if harness.why_not() is None), None)
@@ -340,20 +341,6 @@ class Models:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _shutting_down() -> HelexaError:
-    return ShuttingDown("This node is shutting down; ask again in a moment, or another node.")
-
-
-def _stored_info(stored: StoredModel) -> ModelInfo:
-    return ModelInfo(
-        id=stored.id,
-        status=str(ModelStatus.UNLOADED),
-        size_bytes=stored.size_bytes,
-        quant=stored.quant,
-        source=str(stored.source),
-    )
 
 
 def _paths_of(files: Any) -> list[Any]:

@@ -13,21 +13,18 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from helexa.core import logs
-from helexa.core.errors import Conflict, HelexaError, LoadFailed, ModelLoading, ModelUnloading, Transient
+from helexa.core.errors import HelexaError, LoadFailed
 from helexa.core.lifecycle import (
     NEXT,
-    DeviceMemory,
     LoadRequest,
-    ModelInfo,
-    ModelLimits,
     ModelStatus,
     Progress,
 )
 from helexa.core.relay.upstream import Upstream
+from helexa.neuron import refusals
 from helexa.neuron.admission import Seats
 from helexa.neuron.devices import Devices
 from helexa.neuron.harness import reference
@@ -41,6 +38,7 @@ _log = logs.get("neuron.models")
 
 GIVE_UP: Final = 5  # deaths, or loads that failed, in a row
 STABLE_S: Final = 60.0  # a host that lived so long starts a new row
+WORTH_TELLING: Final = 0.02  # of a model's memory
 ETA_FROM: Final = 0.1  # of a load: before that its pace says nothing
 
 Status = ModelStatus
@@ -100,7 +98,6 @@ class Resident:
         self.error: str | None = None
         self.progress: Progress | None = None
         self.load_seconds: float | None = None
-        self.wanted = False
         self._house = house
         self._gate = asyncio.Lock()
         self._load: asyncio.Task[None] | None = None
@@ -122,7 +119,6 @@ class Resident:
         if self._load is None or self._load.done():
             if self.status in (Status.LOADED, Status.RECOVERING):
                 self._check_same(asked, self.spec_hash)
-                self.wanted = True
                 if self.status is Status.RECOVERING and not wait:
                     return Status.LOADING
                 if self.status is Status.RECOVERING and self._recovery is not None:
@@ -146,8 +142,7 @@ class Resident:
         """Returns when the process is gone. Conflict(model_in_use) while requests run, or still run after drain_s."""
         active = self.active
         if self.status is Status.LOADED and active and not force and drain_s <= 0:
-            raise self._in_use(active)
-        self.wanted = False
+            raise refusals.in_use(self.id, active)
         if self.status in (Status.LOADING, Status.RECOVERING):
             self.become(Status.UNLOADING)
         for work in (self._load, self._recovery):
@@ -178,39 +173,28 @@ class Resident:
         if self.status is Status.UNLOADING:
             return self._unloading()
         if self.status is Status.FAILED:
-            return LoadFailed(f"{self.id} is not served: {self.error}. Load it again when the cause is mended.")
+            return refusals.failed(self.id, self.error)
         if self.status in BUSY:
             return self._still_loading()
-        return not_loaded(self.id, self._house.node)
+        return refusals.not_loaded(self.id, self._house.node)
 
-    def info(self) -> ModelInfo:
-        """From memory."""
-        info = ModelInfo(id=self.id, status=str(self.status), error=self.error, progress=self.progress)
-        info.load_seconds = self.load_seconds
-        info.source = self.request.source
-        info.quant = self.request.quant
-        if self.status is not Status.UNLOADED:
-            info.spec_hash = self.spec_hash
-        if self._last_used or self.seats is not None:
-            info.last_used = _as_utc(max(self._last_used, self.seats.last_used if self.seats else 0.0))
-        if self.seats is not None:
-            info.active_requests, info.queued_requests = self.seats.active, self.seats.queued
-        if self.placed is not None:
-            self._describe(info, self.placed)
-        return info
+    @property
+    def last_used(self) -> float:
+        """Monotonic time at which a request last began or ended; 0.0: never."""
+        return self._last_used if self.serving is None else max(self._last_used, self.serving.seats.last_used)
 
     @property
     def active(self) -> int:
         return 0 if self.serving is None else self.serving.seats.active
 
     async def measure(self) -> bool:
-        """Look at what the host holds now. Whether that changed what is known."""
+        """Look at what the host holds now. Whether that is worth an event."""
         placed, serving = self.placed, self.serving
         if placed is None or serving is None:
             return False
-        before = placed.claim.measured_mb
+        before = sum(placed.claim.measured_mb.values())
         await self._house.devices.measure(placed.claim, serving.host)
-        return before != placed.claim.measured_mb
+        return abs(sum(placed.claim.measured_mb.values()) - before) > before * WORTH_TELLING
 
     @property
     def is_idle(self) -> bool:
@@ -250,7 +234,7 @@ class Resident:
             if self.status is Status.LOADED:  # an unload stood before us, and its drain ran out
                 self._check_same(request.spec_hash(), self.spec_hash)
                 return
-            self.request, self.spec_hash, self.wanted = request, request.spec_hash(), True
+            self.request, self.spec_hash = request, request.spec_hash()
             try:
                 await self._bring_up(request, begun)
             except asyncio.CancelledError:
@@ -303,7 +287,7 @@ class Resident:
             await host.load(harness, spec, plan.files.size_bytes, self._on_fraction)
             await house.devices.measure(placed.claim, host)
         except BaseException as err:
-            await host.close(0)
+            await _surely(host.close(0))
             if isinstance(err, HostFailed):
                 raise LoadFailed(f"{self.id} could not be loaded: {err}") from err
             raise
@@ -380,10 +364,9 @@ class Resident:
                 await self._drain(serving, drain_s)
             active = serving.seats.active
             if active and not (force or self._cut.is_set() or serving.host.died.done()):
-                self.wanted = True
                 serving.seats.reopen()
                 self.become(Status.LOADED)
-                raise self._in_use(active)
+                raise refusals.in_use(self.id, active)
             await self._end(serving, 0 if active else QUIT_S)
             self.become(Status.UNLOADED)
             self._house.devices.tell()
@@ -405,9 +388,12 @@ class Resident:
         self._last_used = max(self._last_used, serving.seats.last_used)
         self.serving = None
         serving.upstream.close()
+        placed = self.placed
+        assert placed is not None
+        before = self._house.devices.says_mb()
         await serving.host.close(within_s)
+        await self._house.devices.given_back(placed.claim, before)
         self._let_go()
-        await self._house.devices.refresh()
 
     def _let_go(self) -> None:
         if self.placed is not None:
@@ -428,7 +414,6 @@ class Resident:
         Counts.add(self._house.counts.load_failures, self.id)
         self._house.hosts.prepare_spare()
         if self.status in BUSY:
-            self.wanted = False
             self.become(Status.FAILED, error=err.message)
         elif self.status is Status.UNLOADING:  # an unload came while it failed by itself
             self.become(Status.UNLOADED)
@@ -450,61 +435,32 @@ class Resident:
         if self.progress is None or self.progress.fraction != now.fraction:
             self._on_progress(now)
 
-    # words
-
     def _check_same(self, asked: str, has: str | None) -> None:
         if asked != has:
-            raise Conflict(
-                f"{self.id} is {self.status} with another profile than this request asks for. Unload it first, or ask "
-                "for the profile it has.",
-                code="loaded_differently",
-                details={"spec_hash": has, "asked": asked},
-            )
+            raise refusals.loaded_differently(self.id, self.status, asked, has)
 
-    def _in_use(self, active: int) -> HelexaError:
-        return Conflict(
-            f"{self.id} serves {active} requests. Give it time with drain_s, or cut them with force.",
-            code="model_in_use",
-            details={"active_requests": active},
-        )
-
-    def _still_loading(self) -> Transient:
-        loading: dict[str, Any] = {"state": str(self.status), "node": self._house.node}
-        if self.progress is not None:
-            loading |= {"progress": self.progress.fraction, "eta_seconds": self.progress.eta_seconds}
-        told = {name: value for name, value in loading.items() if value is not None}
-        return ModelLoading(
-            f"{self.id} is {self.status} on {self._house.node}; try again in a moment.", details={"loading": told}
-        )
+    def _still_loading(self) -> HelexaError:
+        return refusals.still_loading(self.id, self._house.node, self.status, self.progress)
 
     def _unloading(self) -> HelexaError:
-        return ModelUnloading(f"{self.id} is being unloaded on {self._house.node}; ask another node, or again later.")
+        return refusals.unloading(self.id, self._house.node)
 
     def _was_unloaded(self) -> HelexaError:
-        return ModelUnloading(f"{self.id} was unloaded on {self._house.node} while it was loading.")
-
-    def _describe(self, info: ModelInfo, placed: Placed) -> None:
-        plan, claim = placed.plan, placed.claim
-        facts = plan.facts
-        info.harness = self._house.planner.name_of(placed.harness)
-        info.devices = list(plan.device_indices)
-        known = claim.measured_mb or claim.need_mb
-        info.memory = [DeviceMemory(device=device, used_mb=mb) for device, mb in sorted(known.items())]
-        info.vram_used_mb = sum(known.values())
-        info.limits = ModelLimits(context=plan.context, slots=plan.slots)
-        info.task = self.request.task or facts.task
-        info.capabilities = list(self.request.capabilities or facts.capabilities)
-        info.size_bytes, info.n_ctx_train, info.n_params = facts.size_bytes, facts.n_ctx_train, facts.n_params
-        info.quant = facts.quant or self.request.quant
+        return refusals.was_unloaded(self.id, self._house.node)
 
 
-def not_loaded(model_id: str, node: str) -> HelexaError:
-    """Not a 404: a gateway that comes too late tries elsewhere, and a person is told what to do."""
-    return ModelLoading(
-        f"{model_id} is on the disk of {node} but not loaded. Load it with POST /models/load, or ask the gateway, "
-        "which loads by itself.",
-        details={"loading": {"state": str(Status.UNLOADED), "node": node}},
-    )
+async def _surely(work: Any) -> None:
+    """Wait for it to its end, and only then hear that one was cancelled meanwhile."""
+    task = asyncio.get_running_loop().create_task(work)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
+    task.result()
 
 
 def _owned(work: Any, name: str) -> asyncio.Task[None]:
@@ -512,10 +468,3 @@ def _owned(work: Any, name: str) -> asyncio.Task[None]:
     task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work, name=name)
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
     return task
-
-
-def _as_utc(monotonic: float) -> str | None:
-    if not monotonic:
-        return None
-    moment = datetime.now(UTC) - timedelta(seconds=time.monotonic() - monotonic)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,233 @@
+"""A host that is a process of its own, as the daemon sees it: orders down its stdin, events up its stdout, its log
+line by line with the model's id, and its end, with the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from signal import Signals
+from typing import Any, Final, cast
+
+from helexa.core import logs
+from helexa.neuron import vitals
+from helexa.neuron.load_watch import IDLE_CPU, LOOK_S, LoadWatch
+
+_log = logs.get("neuron.hosts")
+
+QUIT_S: Final = 5.0  # an engine that was asked to quit gets this long
+REAP_S: Final = 5.0  # after SIGKILL; longer means that the kernel cannot end it (a driver's call)
+LAST_WORDS_S: Final = 0.5  # for output that is still in the pipes of a process that ended
+TAIL_LINES: Final = 8
+LINE_LIMIT: Final = 500  # characters of a line in the reason of a death
+PARTIAL_LIMIT: Final = 1 << 20  # bytes of a line that does not end
+SPARED_ENV: Final = "NEURON_"  # the daemon's own settings, its token among them, are no business of an engine
+
+OnProgress = Callable[[float | None], None]
+
+
+class HostFailed(Exception):
+    """The host could not be started, could not load, or ended. str() is the reason."""
+
+
+class ProcessHost(asyncio.SubprocessProtocol):
+    """A host process, from its start to its end."""
+
+    def __init__(self, harness: str, socket: Path) -> None:
+        loop = asyncio.get_running_loop()
+        self.harness = harness
+        self.socket = socket
+        self.model_id: str | None = None  # None: the spare
+        self.died: asyncio.Future[str] = loop.create_future()
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._ready: asyncio.Future[None] = loop.create_future()
+        self._loaded: asyncio.Future[None] = loop.create_future()
+        self._gone = asyncio.Event()
+        self._pipes_open = 2
+        self._told: float | None = None  # the engine's own progress
+        self._failure: str | None = None  # the engine's own reason
+        self._closing = False
+        self._rests = {1: b"", 2: b""}
+        self._alive_at = time.monotonic()
+        self._cpu_s = 0.0
+        self._transport = cast("asyncio.SubprocessTransport", None)
+
+    @classmethod
+    async def start(cls, harness: str, socket: Path) -> ProcessHost:
+        """Started, not yet warm. HostFailed where the process cannot be made."""
+        command = (sys.executable, "-P", "-m", "helexa.neuron.host", "--harness", harness, "--parent", str(os.getpid()))
+        loop = asyncio.get_running_loop()
+        host = cls(harness, socket)
+        try:
+            # A session of its own: Ctrl-C on a terminal is for the daemon, which drains and then ends its hosts.
+            await loop.subprocess_exec(lambda: host, *command, env=_environment(), start_new_session=True)
+        except OSError as err:
+            raise HostFailed(f"a host process could not be started: {err}") from err
+        except asyncio.CancelledError:
+            if host._transport is not None:
+                host._transport.close()  # kills it
+            raise
+        return host
+
+    @property
+    def pid(self) -> int | None:
+        return self._transport.get_pid()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._transport.get_returncode() is None
+
+    async def warm(self) -> None:
+        """Returns when its imports are done. Raises HostFailed."""
+        await asyncio.shield(self._ready)
+
+    async def load(self, harness: str, spec: dict[str, Any], size_bytes: int, progress: OnProgress) -> None:
+        await self.warm()
+        pid = self.pid
+        assert pid is not None
+        watch = LoadWatch(pid, size_bytes)
+        self._order(op="load", harness=harness, spec=spec)
+        while True:
+            done, _ = await asyncio.wait({self._loaded}, timeout=LOOK_S)
+            if done:
+                self._loaded.result()
+                self._alive_at = time.monotonic()
+                return
+            watch.look(self._told)
+            progress(watch.fraction)
+            if reason := watch.why_stuck():
+                raise HostFailed(reason)
+
+    async def close(self, within_s: float = QUIT_S) -> None:
+        self._closing = True
+        if self.is_alive and within_s > 0:
+            self._order(op="quit")
+            try:
+                async with asyncio.timeout(within_s):
+                    await self._gone.wait()
+            except TimeoutError:
+                _log.warning("a host did not quit and is killed", model=self.model_id, pid=self.pid, within_s=within_s)
+        if not self._gone.is_set():
+            self._kill()
+            try:
+                async with asyncio.timeout(REAP_S):
+                    await self._gone.wait()
+            except TimeoutError:
+                _log.error("a host cannot be killed: it is inside the kernel", model=self.model_id, pid=self.pid)
+        self._transport.close()
+        self.socket.unlink(missing_ok=True)
+
+    def memory(self) -> vitals.Memory | None:
+        pid = self.pid
+        return None if pid is None or not self.is_alive else vitals.memory(pid)
+
+    def look(self) -> None:
+        pid = self.pid
+        cpu_s = None if pid is None else vitals.cpu_s(pid)
+        if cpu_s is None:
+            return
+        now = time.monotonic()
+        if cpu_s - self._cpu_s > IDLE_CPU:  # looked at once a second
+            self._alive_at = now
+        self._cpu_s = cpu_s
+
+    def alive_at(self) -> float:
+        return self._alive_at
+
+    # asyncio's calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.SubprocessTransport", transport)
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        *lines, rest = (self._rests[fd] + data).split(b"\n")
+        self._rests[fd] = rest[-PARTIAL_LIMIT:]
+        for line in lines:
+            if fd == 1:
+                self._event(line)
+            elif text := line.decode(errors="replace").rstrip():
+                self.tail.append(text[:LINE_LIMIT])
+                _log.debug(text, model=self.model_id, pid=self.pid)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd in self._rests:
+            self._pipes_open -= 1
+            if not self._pipes_open and not self.is_alive:
+                self._end()
+
+    def process_exited(self) -> None:
+        if self._pipes_open:  # its last words, unless a process that it left behind holds the pipes
+            asyncio.get_running_loop().call_later(LAST_WORDS_S, self._end)
+        else:
+            self._end()
+
+    # ours
+
+    def _event(self, line: bytes) -> None:
+        try:
+            event = json.loads(line)
+            kind = event["event"]
+        except (ValueError, KeyError, TypeError):
+            _log.error("a host sent what is no event", model=self.model_id, pid=self.pid, line=repr(line[:200]))
+            return
+        if kind == "ready":
+            _settle(self._ready)
+        elif kind == "progress":
+            self._told = event["fraction"]
+        elif kind == "loaded":
+            _settle(self._loaded)
+        elif kind == "failed":
+            self._failure = event["error"]
+
+    def _end(self) -> None:
+        if self._gone.is_set():
+            return
+        reason = self._failure or self._how_it_ended()
+        for waiting in (self._ready, self._loaded):
+            if not waiting.done():
+                waiting.set_exception(HostFailed(reason))
+                waiting.exception()  # nobody may be waiting: not an error then
+        self._gone.set()
+        if not self._closing and not self.died.done():
+            self.died.set_result(reason)
+        self._transport.close()
+
+    def _how_it_ended(self) -> str:
+        code = self._transport.get_returncode() or 0
+        how = f"exit code {code}"
+        if code < 0:
+            how = Signals(-code).name
+            if how == "SIGKILL" and not self._closing:
+                how += ", by hand or because the host ran out of memory"
+        words = f"; its last lines: {' | '.join(self.tail)}" if self.tail else ""
+        return f"the host process ended ({how}){words}"
+
+    def _order(self, **order: Any) -> None:
+        stdin = cast("asyncio.WriteTransport", self._transport.get_pipe_transport(0))
+        if not stdin.is_closing():
+            stdin.write(json.dumps(order).encode() + b"\n")
+
+    def _kill(self) -> None:
+        try:
+            self._transport.kill()
+        except ProcessLookupError:
+            pass
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _environment() -> dict[str, str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(SPARED_ENV)}
+    env["PYTHONUNBUFFERED"] = "1"  # a crash must not take the last lines with it
+    env.setdefault("GGML_NO_BACKTRACE", "1")  # ggml would start gdb on itself when it aborts
+    env.setdefault("MALLOC_ARENA_MAX", "2")  # else each of the engine's server threads keeps an arena of its own
+    return env
