@@ -77,7 +77,14 @@ class Cortex:
             metrics=self._metrics_text if gateway.metrics_on_api else None,
             warnings=exposure(settings),
         )
-        director = CortexDirector(self.fleet, self.loader, self.metrics, self.request_log, clock=time.monotonic)
+        director = CortexDirector(
+            self.fleet,
+            self.loader,
+            self.metrics,
+            self.request_log,
+            wait_s=settings.loading.wait_s,
+            clock=time.monotonic,
+        )
         self.server = Server(
             director=director,
             endpoints=ENDPOINTS,
@@ -109,8 +116,8 @@ class Cortex:
         self.control.shutdown = error
         cut = await self.server.drain(drain_s)
         await self.control.close()
-        await self.poller.stop()
         await self.loader.stop()
+        await self.poller.stop()
         await self.server.close()
         await self.metrics_server.close()
         self.fleet.close()

@@ -81,7 +81,8 @@ class Target:
 
 
 class CortexDirector:
-    """core.relay.contract.Director for a fleet."""
+    """core.relay.contract.Director for a fleet. wait_s: how long a request may wait for loads, all of them together.
+    clock: the loop's, which stamps the exchanges too."""
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class CortexDirector:
         metrics: Metrics,
         request_log: RequestLog,
         *,
+        wait_s: float,
         clock: Callable[[], float],
         rng: Random | None = None,
     ) -> None:
@@ -97,6 +99,7 @@ class CortexDirector:
         self._loader = loader
         self._metrics = metrics
         self._log_request = request_log.add
+        self._wait_s = wait_s
         self._clock = clock
         self._rng = rng or Random()
         self._targets: dict[str, Target] = {}  # by the name that clients use
@@ -147,7 +150,9 @@ class CortexDirector:
         if error is None:
             return None
         pursuit.last_error = error
-        if isinstance(error, UpstreamError):
+        if isinstance(error, ModelLoading | ModelUnloading):
+            self._fleet.model_refused(route.replica, refusals.state_of(error))
+        elif isinstance(error, UpstreamError):
             pursuit.broken.append(node)
         elif isinstance(error, Overloaded | ShuttingDown):
             others = choose(pursuit.model.replicas, [*exchange.tried, node], self._rng)
@@ -218,7 +223,7 @@ class CortexDirector:
         self._waiting[model_id] += 1
         try:
             for _ in range(_ENSURE_ATTEMPTS):
-                await self._loader.ensure(model_id, next(self._ids))
+                await self._loader.ensure(model_id, next(self._ids), exchange.t_start + self._wait_s)
                 # A node that said "loading" may be asked again; one that failed this request may not.
                 replica = choose(self._fleet.replicas(model_id), pursuit.broken, self._rng)
                 if replica is not None:

@@ -62,13 +62,21 @@ def judge(model: str, node: str, status: int, body: bytes) -> HelexaError | None
             f"cortex.toml to the node's own"
         )
     if status == 404 and code in _MISSING:
-        return ModelLoading(f"{node} no longer holds {model}; try again")
+        return ModelLoading(f"{node} no longer holds {model}; try again", details={"loading": {"state": "unloaded"}})
     if status == 503:
         known = _TRANSIENT.get(code or "", Overloaded)
         return known(message or f"{node} cannot take {model} now; try again", details=_details(body))
     if status in (500, 502):
         return UpstreamError(message or f"{model} failed on {node} (status {status})", details=_details(body))
     return None
+
+
+def state_of(error: ModelLoading | ModelUnloading) -> str | None:
+    """What the node said of the model; None where it did not."""
+    loading = error.details.get("loading")
+    if isinstance(loading, dict) and isinstance(state := loading.get("state"), str):
+        return state
+    return "unloading" if isinstance(error, ModelUnloading) else None
 
 
 def _details(body: bytes) -> dict[str, Any]:

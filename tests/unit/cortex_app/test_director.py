@@ -1,0 +1,420 @@
+"""The gateway's Director over a real Fleet: where requests go, what a failure means, and that all is given back.
+
+A scripted loader stands for the loads: the real one is in tests/integration/cortex.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+from collections.abc import Awaitable, Callable
+from random import Random
+from typing import Any
+
+import msgspec
+import pytest
+from tests.helpers.aio import run
+from tests.helpers.fleets import answers, fleet, info
+
+from helexa.core.catalogue import ModelProfile
+from helexa.core.errors import (
+    Dialect,
+    HelexaError,
+    ModelLoading,
+    ModelNotFound,
+    ModelNotServable,
+    Overloaded,
+    UpstreamError,
+    UpstreamTimeout,
+    WrongTask,
+)
+from helexa.core.relay.contract import Endpoint, Exchange, Route
+from helexa.core.request_log import RequestLog
+from helexa.cortex.director import CortexDirector, NodeRoute
+from helexa.cortex.fleet import Fleet
+from helexa.cortex.metrics import Metrics
+
+CHAT = Endpoint("/v1/chat/completions", Dialect.OPENAI, "/v1/chat/completions")
+EMBED = Endpoint("/v1/embeddings", Dialect.OPENAI, "/v1/embeddings", generates=False)
+NAME = "Qwen/Qwen3-8B"
+
+
+class ScriptedLoader:
+    """ensure(): counts, then does what `then` says."""
+
+    def __init__(self, then: Callable[[], object] = lambda: None) -> None:
+        self.asked: list[object] = []
+        self._then = then
+
+    async def ensure(self, model_id: str, exchange_id: object) -> None:
+        self.asked.append(exchange_id)
+        outcome = self._then()
+        if inspect.isawaitable(outcome):
+            await outcome
+
+    def progress(self, model_id: str) -> bytes | None:
+        return f"loading {model_id}".encode()
+
+
+class Bench:
+    """A director and all that it works with."""
+
+    def __init__(self, view: Fleet, then: Callable[[], object] = lambda: None) -> None:
+        self.view = view
+        self.loader = ScriptedLoader(then)
+        self.metrics = Metrics()
+        self.lines: list[str] = []
+        self.log = RequestLog(self.lines.append, as_json=True, now=lambda: 0.0)
+        self.now = 1000.0
+        self.director = CortexDirector(
+            view,
+            self.loader,
+            self.metrics,
+            self.log,
+            clock=lambda: self.now,
+            rng=Random(7),  # type: ignore[arg-type]
+        )
+
+    def sent(self, exchange: Exchange) -> NodeRoute:
+        """The route of a request that needs no wait."""
+        route = self.director.route(exchange)
+        assert isinstance(route, NodeRoute)
+        return route
+
+    def fail(self, exchange: Exchange, route: Route, error: HelexaError, *, mid_stream: bool = False) -> None:
+        """As the relay does."""
+        self.director.failed(exchange, route, error, mid_stream=mid_stream)
+        exchange.tried.append(route.upstream.name)
+        self.director.released(exchange, route)
+
+    def refuse(self, exchange: Exchange, route: Route, status: int, **error: Any) -> HelexaError | None:
+        body = msgspec.json.encode({"error": {"message": "no", "type": "t", "param": None, **error}})
+        return self.director.refused(exchange, route, status, body)
+
+    def samples(self) -> dict[str, float]:
+        lines = self.metrics.render({}).decode().splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+def exchange(model: str = NAME, endpoint: Endpoint = CHAT, **fields: Any) -> Exchange:
+    made = Exchange(
+        endpoint=endpoint, head=b"", body=b"{}", model=model, stream=False, wants_usage=False, gateway_usage=False,
+        request_id="r1", client="127.0.0.1", t_start=1000.0,
+    )  # fmt: skip
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made
+
+
+def two_nodes(**fields: Any) -> Fleet:
+    view = fleet("beast", "benjy", aliases={"small": NAME}, models=[ModelProfile(id=NAME)])
+    for name in view.nodes:
+        answers(view, name, info(NAME, **fields))
+    return view
+
+
+async def awaited(route: Route | Awaitable[Route]) -> Route:
+    assert not isinstance(route, Route), "it was to wait"
+    return await route
+
+
+# where a request goes
+
+
+def test_a_loaded_model_is_sent_at_once_with_the_name_its_node_knows() -> None:
+    view = fleet("beast", models=[ModelProfile(id=NAME, source="Qwen/Qwen3-8B-GGUF", quant="Q4_K_M")])
+    answers(view, "beast", info("Qwen/Qwen3-8B-GGUF:Q4_K_M"))
+    assert Bench(view).sent(exchange()).headers == b"x-helexa-model: Qwen/Qwen3-8B-GGUF:Q4_K_M\r\n"
+
+
+def test_an_alias_goes_to_its_model() -> None:
+    assert b"x-helexa-model: Qwen/Qwen3-8B\r\n" in Bench(two_nodes()).sent(exchange("small")).headers
+
+
+def test_requests_spread_over_the_replicas_by_what_is_in_flight() -> None:
+    bench = Bench(two_nodes())
+    assert {bench.sent(exchange()).upstream.name for _ in range(2)} == {"beast", "benjy"}
+
+
+@pytest.mark.parametrize(
+    ("stream", "wants", "endpoint", "asked"),
+    [(True, False, CHAT, True), (True, True, CHAT, False), (False, False, CHAT, False), (True, False, EMBED, False)],
+)
+def test_usage_is_asked_for_and_cut_only_where_a_stream_would_not_tell_it(
+    stream: bool, wants: bool, endpoint: Endpoint, asked: bool
+) -> None:
+    route = Bench(two_nodes()).sent(exchange(endpoint=endpoint, stream=stream, wants_usage=wants))
+    assert (b"x-helexa-usage: 1\r\n" in route.headers, route.cut_usage) == (asked, asked)
+
+
+def test_an_unknown_model_is_refused_and_counted_as_other() -> None:
+    bench, request = Bench(two_nodes()), exchange("qwen/qwen3-8", status=404)
+    with pytest.raises(ModelNotFound) as caught:
+        bench.director.route(request)
+    request.error = caught.value
+    bench.director.done(request)
+    assert NAME in caught.value.message
+    line = 'cortex_requests_total{endpoint="/v1/chat/completions",model="other",node="",status="404"}'
+    assert bench.samples()[line] == 1
+
+
+def test_a_request_the_relay_refused_for_a_known_model_counts_as_its_own() -> None:
+    bench = Bench(two_nodes())
+    bench.director.done(exchange(status=400))
+    line = f'cortex_requests_total{{endpoint="/v1/chat/completions",model="{NAME}",node="",status="400"}}'
+    assert bench.samples()[line] == 1
+
+
+def test_another_task_than_the_models_is_refused_before_anything_is_sent() -> None:
+    bench = Bench(two_nodes(task="embed", capabilities=["embed"]))
+    with pytest.raises(WrongTask, match="makes embeddings and cannot serve /v1/chat/completions"):
+        bench.director.route(exchange())
+    assert bench.sent(exchange(endpoint=EMBED)).upstream.name in ("beast", "benjy")
+
+
+def test_a_model_of_unknown_task_is_left_to_its_node() -> None:
+    assert Bench(two_nodes()).sent(exchange(endpoint=EMBED))
+
+
+def test_the_task_is_looked_at_anew_when_the_view_changes() -> None:
+    view = two_nodes()
+    bench = Bench(view)
+    bench.sent(exchange())
+    for name in view.nodes:
+        answers(view, name, info(NAME, task="rerank"))
+    with pytest.raises(WrongTask):
+        bench.director.route(exchange())
+
+
+def test_a_name_with_a_line_break_never_becomes_a_header() -> None:
+    view = fleet("beast")
+    answers(view, "beast", info("evil\r\nx-injected: 1"))
+    with pytest.raises(ModelNotServable, match="rename the file"):
+        Bench(view).director.route(exchange("evil\r\nx-injected: 1"))
+
+
+# loads
+
+
+def test_a_model_loaded_nowhere_waits_for_a_load_and_is_then_sent() -> None:
+    view = two_nodes(status="unloaded")
+    bench = Bench(view, then=lambda: answers(view, "beast", info(NAME)))
+    route = run(awaited(bench.director.route(exchange())))
+    assert route.upstream.name == "beast"
+    found = bench.samples()
+    assert found[f'cortex_cold_starts_total{{model="{NAME}"}}'] == 1
+    assert found[f'cortex_queue_wait_seconds_count{{model="{NAME}"}}'] == 1
+
+
+def test_many_that_wait_for_one_load_are_one_cold_start_and_tell_themselves_apart() -> None:
+    view = two_nodes(status="unloaded")
+    gate = asyncio.Event()
+    bench = Bench(view, then=gate.wait)
+
+    async def scenario() -> None:
+        waiting = [asyncio.ensure_future(awaited(bench.director.route(exchange()))) for _ in range(5)]
+        while len(bench.loader.asked) < 5:
+            await asyncio.sleep(0)
+        answers(view, "benjy", info(NAME))
+        gate.set()
+        assert [route.upstream.name for route in await asyncio.gather(*waiting)] == ["benjy"] * 5
+
+    run(scenario())
+    assert len(set(bench.loader.asked)) == 5
+    assert bench.samples()[f'cortex_cold_starts_total{{model="{NAME}"}}'] == 1
+
+
+def test_a_load_that_fails_is_the_requests_error() -> None:
+    def refuse() -> None:
+        raise Overloaded("no room")
+
+    bench = Bench(two_nodes(status="unloaded"), then=refuse)
+    with pytest.raises(Overloaded):
+        run(awaited(bench.director.route(exchange())))
+
+
+def test_a_model_that_is_evicted_before_its_waiters_come_to_it_is_given_up_in_the_end() -> None:
+    bench = Bench(two_nodes(status="unloaded"))
+    with pytest.raises(ModelLoading, match="evicted"):
+        run(awaited(bench.director.route(exchange())))
+    assert len(bench.loader.asked) == 3
+
+
+def test_progress_is_the_loaders() -> None:
+    bench, request = Bench(two_nodes()), exchange()
+    bench.sent(request)
+    assert bench.director.progress(request) == b"loading Qwen/Qwen3-8B"
+
+
+# failures
+
+
+def test_a_dead_node_is_left_for_another_and_counted() -> None:
+    bench, request = Bench(two_nodes()), exchange()
+    first = bench.sent(request)
+    bench.fail(request, first, UpstreamError("cannot be reached"))
+    second = bench.sent(request)
+    assert {first.upstream.name, second.upstream.name} == {"beast", "benjy"}
+    assert bench.view.nodes[first.upstream.name].state == "suspect"
+    line = f'cortex_upstream_errors_total{{kind="connect",node="{first.upstream.name}"}}'
+    assert bench.samples()[line] == 1
+
+
+def test_when_all_failed_the_last_error_is_the_answer() -> None:
+    bench, request = Bench(two_nodes()), exchange()
+    for words in ("first", "second"):
+        bench.fail(request, bench.sent(request), UpstreamError(words))
+    with pytest.raises(UpstreamError, match="second"):
+        bench.director.route(request)
+    assert bench.loader.asked == []
+
+
+@pytest.mark.parametrize(
+    ("error", "mid_stream", "kind"),
+    [(UpstreamTimeout("stalled"), True, "stall"), (UpstreamError("gone"), True, "stream")],
+)
+def test_the_kind_of_a_failure_is_told_apart(error: HelexaError, mid_stream: bool, kind: str) -> None:
+    bench, request = Bench(two_nodes()), exchange()
+    route = bench.sent(request)
+    bench.fail(request, route, error, mid_stream=mid_stream)
+    assert bench.samples()[f'cortex_upstream_errors_total{{kind="{kind}",node="{route.upstream.name}"}}'] == 1
+
+
+def test_a_node_that_failed_mid_stream_is_not_well_because_its_first_bytes_came() -> None:
+    bench, request = Bench(two_nodes()), exchange(status=200, t_first_byte=1001.0)
+    route = bench.sent(request)
+    error = request.error = UpstreamError("gone")
+    bench.fail(request, route, error, mid_stream=True)
+    bench.director.done(request)
+    assert bench.view.nodes[route.upstream.name].state == "suspect"
+
+
+def test_an_answer_makes_a_suspect_node_well() -> None:
+    bench, request = Bench(two_nodes()), exchange(status=200, t_first_byte=1001.0)
+    route = bench.sent(request)
+    node = bench.view.nodes[route.upstream.name]
+    bench.view.request_failed(node)
+    bench.director.released(request, route)
+    bench.director.done(request)
+    assert node.state == "up"
+
+
+# refusals
+
+
+def test_a_nodes_400_goes_to_the_client_as_it_is() -> None:
+    bench, request = Bench(two_nodes()), exchange()
+    assert bench.refuse(request, bench.sent(request), 400, code="context_length_exceeded") is None
+
+
+def test_a_full_node_is_left_for_another_and_a_full_fleet_speaks_for_itself() -> None:
+    bench, request = Bench(two_nodes()), exchange()
+    first = bench.sent(request)
+    error = bench.refuse(request, first, 503, code="overloaded")
+    assert isinstance(error, Overloaded)
+    bench.fail(request, first, error)
+    assert bench.view.nodes[first.upstream.name].state == "up"  # it answered: nothing is wrong with it
+    assert bench.refuse(request, bench.sent(request), 503, code="overloaded") is None
+
+
+def test_a_node_that_is_still_loading_is_waited_for_and_may_be_asked_again() -> None:
+    view = fleet("beast", models=[ModelProfile(id=NAME)])
+    answers(view, "beast", info(NAME))
+    bench, request = Bench(view), exchange()
+    first = bench.sent(request)
+    loading = {"state": "loading", "node": "beast"}
+    error = bench.refuse(request, first, 503, code="model_loading", loading=loading)
+    assert isinstance(error, ModelLoading)
+    assert error.details == {"loading": loading}
+    bench.fail(request, first, error)
+    assert run(awaited(bench.director.route(request))).upstream.name == "beast"
+
+
+def test_a_node_that_no_longer_holds_the_model_is_no_404_for_the_client() -> None:
+    bench, request = Bench(two_nodes()), exchange()
+    assert isinstance(bench.refuse(request, bench.sent(request), 404, code="model_not_found"), ModelLoading)
+
+
+@pytest.mark.parametrize("status", [500, 502])
+def test_a_node_whose_host_died_is_left_for_another(status: int) -> None:
+    bench, request = Bench(two_nodes()), exchange()
+    assert isinstance(bench.refuse(request, bench.sent(request), status, code="upstream_error"), UpstreamError)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_nodes_key_is_never_the_clients_affair(status: int) -> None:
+    bench, request = Bench(two_nodes()), exchange()
+    error = bench.refuse(request, bench.sent(request), status, code="invalid_api_key")
+    assert isinstance(error, UpstreamError)
+    assert "`token` of [[neurons]]" in error.message
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>", b'{"error": "text"}', b'{"error": {"code": 500}}', b"\xff", b"[" * 99999]
+)
+def test_whatever_a_node_says_with_503_is_read(body: bytes) -> None:
+    bench, request = Bench(two_nodes()), exchange()
+    assert isinstance(bench.director.refused(request, bench.sent(request), 503, body), Overloaded)
+
+
+# stalls
+
+
+def test_silence_is_slowness_while_the_node_reports_the_model_at_work() -> None:
+    bench, request = Bench(two_nodes(active_requests=1)), exchange()
+    assert not bench.director.is_stalled(request, bench.sent(request), 130.0)
+
+
+@pytest.mark.parametrize("fields", [{}, {"active_requests": 0, "queued_requests": 0}])
+def test_silence_of_a_node_that_reports_no_work_is_a_stall(fields: dict[str, int]) -> None:
+    bench, request = Bench(two_nodes(**fields)), exchange()
+    assert bench.director.is_stalled(request, bench.sent(request), 130.0)
+
+
+def test_silence_of_a_node_that_does_not_answer_its_polls_is_a_stall() -> None:
+    bench, request = Bench(two_nodes(active_requests=1)), exchange()
+    route = bench.sent(request)
+    bench.view.saw_miss(route.replica.node, "no answer")
+    assert bench.director.is_stalled(request, route, 130.0)
+
+
+# what was taken is given back
+
+
+def test_what_is_in_flight_comes_back_to_nothing_on_every_path() -> None:
+    bench = Bench(two_nodes())
+    served, failed = exchange(), exchange()
+    route = bench.sent(served)
+    bench.fail(failed, bench.sent(failed), UpstreamError("gone"))
+    again = bench.sent(failed)
+    assert bench.view.inflight == 2
+    bench.director.released(failed, again)
+    bench.director.released(served, route)
+    assert bench.view.inflight == 0
+    gauges = {name: value for name, value in bench.samples().items() if name.startswith("cortex_inflight")}
+    assert set(gauges.values()) == {0}
+
+
+def test_a_client_that_leaves_while_it_waits_leaves_nothing_behind() -> None:
+    bench = Bench(two_nodes(status="unloaded"), then=asyncio.Event().wait)
+
+    async def scenario() -> None:
+        waiting = asyncio.ensure_future(awaited(bench.director.route(exchange())))
+        while not bench.loader.asked:
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    run(scenario())
+    assert bench.view.inflight == 0
+
+
+def test_every_request_ends_in_one_line() -> None:
+    bench, request = Bench(two_nodes()), exchange(status=200, t_end=1001.0)
+    route = bench.sent(request)
+    bench.director.released(request, route)
+    bench.director.done(request)
+    bench.log.flush()
+    (line,) = "".join(bench.lines).splitlines()
+    assert json.loads(line)["model"] == NAME
