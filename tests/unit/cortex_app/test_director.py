@@ -45,13 +45,20 @@ class ScriptedLoader:
 
     def __init__(self, then: Callable[[], object] = lambda: None) -> None:
         self.asked: list[object] = []
+        self._news = asyncio.Event()
         self._then = then
 
-    async def ensure(self, model_id: str, exchange_id: object) -> None:
+    async def ensure(self, model_id: str, exchange_id: object, deadline: float) -> None:
         self.asked.append(exchange_id)
+        self._news.set()
         outcome = self._then()
         if inspect.isawaitable(outcome):
             await outcome
+
+    async def until_asked(self, times: int) -> None:
+        while len(self.asked) < times:
+            self._news.clear()
+            await self._news.wait()
 
     def progress(self, model_id: str) -> bytes | None:
         return f"loading {model_id}".encode()
@@ -72,6 +79,7 @@ class Bench:
             self.loader,
             self.metrics,
             self.log,
+            wait_s=600,
             clock=lambda: self.now,
             rng=Random(7),  # type: ignore[arg-type]
         )
@@ -214,8 +222,7 @@ def test_many_that_wait_for_one_load_are_one_cold_start_and_tell_themselves_apar
 
     async def scenario() -> None:
         waiting = [asyncio.ensure_future(awaited(bench.director.route(exchange()))) for _ in range(5)]
-        while len(bench.loader.asked) < 5:
-            await asyncio.sleep(0)
+        await bench.loader.until_asked(5)
         answers(view, "benjy", info(NAME))
         gate.set()
         assert [route.upstream.name for route in await asyncio.gather(*waiting)] == ["benjy"] * 5
@@ -321,13 +328,14 @@ def test_a_full_node_is_left_for_another_and_a_full_fleet_speaks_for_itself() ->
 def test_a_node_that_is_still_loading_is_waited_for_and_may_be_asked_again() -> None:
     view = fleet("beast", models=[ModelProfile(id=NAME)])
     answers(view, "beast", info(NAME))
-    bench, request = Bench(view), exchange()
+    bench, request = Bench(view, then=lambda: answers(view, "beast", info(NAME))), exchange()
     first = bench.sent(request)
     loading = {"state": "loading", "node": "beast"}
     error = bench.refuse(request, first, 503, code="model_loading", loading=loading)
     assert isinstance(error, ModelLoading)
     assert error.details == {"loading": loading}
     bench.fail(request, first, error)
+    assert not view.replicas(NAME)  # nobody else is sent there meanwhile
     assert run(awaited(bench.director.route(request))).upstream.name == "beast"
 
 
@@ -401,8 +409,7 @@ def test_a_client_that_leaves_while_it_waits_leaves_nothing_behind() -> None:
 
     async def scenario() -> None:
         waiting = asyncio.ensure_future(awaited(bench.director.route(exchange())))
-        while not bench.loader.asked:
-            await asyncio.sleep(0)
+        await bench.loader.until_asked(1)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
 
