@@ -120,6 +120,7 @@ async def nest(
     total_mb: int = 10_000,
     says_mb: Callable[[], int] | None = None,
     kind: str = "cpu",
+    process_mb: Callable[[int], dict[int, int]] = lambda pid: {},
     refuse_loads: str | None = None,
     backoff_s: float = 0.01,
     **settings: Any,
@@ -139,7 +140,7 @@ async def nest(
         models = Models(
             wanted,
             harnesses={"scripted": ScriptedHarness()},
-            probe=Probe(Reading(devices=[device], health=health, refuse_loads=refuse_loads)),
+            probe=Probe(Reading(devices=[device], health=health, refuse_loads=refuse_loads, process_mb=process_mb)),
             store=Store(
                 models_dir=folder, allowed_roots=[], allow_downloads=False, gguf_owners=[], hf_home=folder / "hub"
             ),

@@ -8,6 +8,7 @@ Its model files are a line that begins with GGUF and goes on as JSON, the `Scrip
     die                  so many loads die (exit code 7) before one succeeds
     noise                printed to stdout and stderr during the load
     deaf                 the engine never closes
+    hold_interpreter     the load goes on for ever and holds the GIL, as an engine in C may
 
 A request says what to do in its body: {"do": "answer" | "stream" | "stall" | "die" | "lie"}. How often a model was
 loaded stands in a file beside it.
@@ -16,6 +17,7 @@ loaded stands in a file beside it.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import json
 import os
@@ -46,6 +48,7 @@ class Script(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     die: int = 0
     noise: str | None = None
     deaf: bool = False
+    hold_interpreter: bool = False
     truncated: bool = False
 
 
@@ -142,6 +145,8 @@ class ScriptedHarness:
         if script.gate:
             with open(script.gate, "rb") as gate:
                 gate.read(1)
+        if script.hold_interpreter:
+            ctypes.PyDLL(None).sleep(600)
         if loads_of(path) <= script.die:
             os.write(2, b"the script says die\n")
             os._exit(EXIT_CODE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.helpers.aio import run
 from tests.helpers.nests import children, exchange, nest, read_out
@@ -147,5 +148,39 @@ def test_shutting_down_refuses_wakes_who_waits_and_ends_everything(tmp_path: Pat
             with pytest.raises(ShuttingDown):
                 await loading
             gate.close()
+
+    run(main())
+
+
+def test_an_unload_waits_until_the_driver_gave_the_memory_back(tmp_path: Path) -> None:
+    class Card:
+        """A GPU whose driver frees a dead process's memory only after it was looked at a few times."""
+
+        def __init__(self) -> None:
+            self.pid = 0
+            self.late_looks = 3
+
+        def process_mb(self, pid: int) -> dict[int, int]:
+            self.pid = pid
+            return {0: 300}
+
+        def says_mb(self) -> int:
+            if not self.pid:
+                return 1000
+            if not psutil.pid_exists(self.pid):
+                self.late_looks -= 1
+            return 700 if self.late_looks > 0 else 1000
+
+    async def main() -> None:
+        card = Card()
+        async with nest(tmp_path, total_mb=1000, kind="cuda", says_mb=card.says_mb, process_mb=card.process_mb) as n:
+            n.model("a", Script(needs_mb=250))
+            await n.load("a")
+            assert n.info("a").vram_used_mb == 300
+            await n.models._devices.refresh()
+            assert n.models.device_health()[0].vram_free_mb == 700
+            await n.unload("a")
+            assert card.late_looks <= 0
+            assert n.models.device_health()[0].vram_free_mb == 1000
 
     run(main())
