@@ -90,7 +90,7 @@ def test_a_stream_arrives_whole_without_the_usage_that_nobody_asked_for(
     if not role:
         at = got.index(b"data:")
         first, _, rest = got[at:].partition(b"\n\n")
-        assert json.loads(first[5:])["choices"][0]["delta"] == {"role": "assistant", "content": None}
+        assert json.loads(first[5:])["choices"][0]["delta"] == {"role": "assistant", "content": ""}
         got = got[:at] + rest
     expected = [*([ROLE] if role else []), *deltas, STOP, *([USAGE] if asked else []), DONE]
     assert got.replace(b": beat\n\n", b"", 1) == b"".join(expected)
@@ -302,6 +302,77 @@ def test_a_mend_changes_the_decoded_body_and_the_framing_follows() -> None:
     streamed = Line(mend=Upper())
     streamed.hear(HEAD + chunked(delta("a") + DONE, [7]))
     assert streamed.body == (delta("a") + DONE).upper()
+
+
+PROGRESS = event(choices=[{"index": 0, "delta": {"role": "assistant"}}], prompt_progress={"total": 9, "processed": 4})
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_progress_of_the_prefill_is_for_those_who_asked_and_the_role_comes_first_all_the_same(cut: bool) -> None:
+    line = Line(cut_progress=cut, first_event=True)
+    line.hear(HEAD + chunked(PROGRESS + PROGRESS + delta("a") + DONE, [100]))
+    assert line.body.count(b"prompt_progress") == (0 if cut else 2)
+    assert line.body.count(b'"role":"assistant"') == (1 if cut else 2)
+    assert line.body.index(b'"role"') < line.body.index(b'"content":"a"')
+    assert line.director.finished[0].t_first_token > 0
+
+
+ERROR = event(error={"message": "host died", "code": "upstream_error"})
+
+
+def test_an_error_event_that_comes_first_moves_to_another_upstream_as_an_error_answer_would() -> None:
+    line = Line()
+    second, connection, _ = waiting_upstream("benjy")
+    line.director.upstreams.append(second)
+    line.director.on_refused = lambda status, body: UpstreamError("beast is ill") if b"host died" in body else None
+    line.hear(HEAD + chunked(b":\n\n" + ERROR, [400]))
+    connection.data_received(HEAD + chunked(delta("a") + DONE, [500]))
+    assert line.body == delta("a") + DONE
+    assert line.director.finished[0].error is None
+
+
+def test_an_error_event_after_the_first_delta_passes_and_is_counted_as_the_error_it_is() -> None:
+    line = Line()
+    line.director.on_refused = lambda status, body: UpstreamError("beast is ill")
+    line.hear(HEAD + chunked(delta("a"), [400])[:-5], chunked(delta("b"), [400])[:-5], chunked(ERROR, [400]))
+    assert line.body == delta("a") + delta("b") + ERROR
+    assert line.director.finished[0].error is not None
+
+
+class Collector:
+    """Makes one JSON body of a stream, as a harness does whose engine can only be cancelled while it streams."""
+
+    def __init__(self, error: Overloaded | None = None) -> None:
+        self.got, self.error = b"", error
+
+    def feed(self, data: bytes) -> bytes:
+        self.got += data
+        return b""
+
+    def finish(self) -> bytes:
+        if self.error is not None:
+            raise self.error
+        return b'{"events":%d,"usage":{"prompt_tokens":5}}' % self.got.count(b"data:")
+
+
+def test_a_stream_collected_by_a_mend_is_one_json_answer_to_the_client() -> None:
+    line = Line(b'{"model":"qwen"}', mend=Collector(), content_type=b"application/json")
+    line.hear(HEAD + chunked(delta("a") + delta("b") + DONE, [11]))
+    head, _, body = line.wire.sent.partition(b"\r\n\r\n")
+    assert json.loads(body)["events"] == 3
+    assert b"content-type: application/json\r\n" in head
+    assert b"event-stream" not in head
+    assert b"content-length: %d" % len(body) in head
+    assert line.director.finished[0].usage == Usage(5, 0, 0)
+
+
+@pytest.mark.parametrize("body", [ASK, b'{"model":"qwen"}'])
+def test_a_mend_that_finds_an_error_fails_the_attempt(body: bytes) -> None:
+    line = Line(body, mend=Collector(Overloaded("no slot")), content_type=b"application/json")
+    line.hear(HEAD + chunked(delta("a"), [11]))
+    assert line.wire.sent.startswith(b"HTTP/1.1 503 ")
+    assert line.up.aborted
+    assert line.director.open_routes == 0
 
 
 def test_the_wire_helper_itself_refuses_a_broken_frame() -> None:

@@ -87,7 +87,10 @@ class Exchange:
 
 
 class Mend(Protocol):
-    """Repairs the answer of a request that the harness marked. Never used for others: their bytes pass untouched."""
+    """Repairs the answer of a request that the harness marked. Never used for others: their bytes pass untouched.
+
+    Either may raise HelexaError (the answer holds an error, or cannot be what was asked): the attempt failed.
+    """
 
     def feed(self, data: bytes) -> bytes:
         """Decoded body bytes in (any cut), decoded body bytes out. b"" while it holds something back."""
@@ -105,6 +108,10 @@ class Route:
     headers: bytes = b""  # further header lines for the upstream, each ending in CRLF
     mend: Mend | None = None
     first_event: bool = False  # see to it that a chat stream begins with a role delta
+    content_type: bytes | None = (
+        None  # told to the client in place of the upstream's: the mend makes another kind of body
+    )
+    cut_progress: bool = False  # take the prefill's progress events out of a stream whose client did not ask for them
     cut_usage: bool = False  # take the usage event out of a stream whose client did not ask for it
 
 

@@ -68,6 +68,7 @@ class Pair:
         "_buffer",
         "_chunked",
         "_cut",
+        "_cut_progress",
         "_done_seen",
         "_extra",
         "_first_event",
@@ -120,7 +121,7 @@ class Pair:
         self._buffer = b""
         self._held_head = b""
         self._tail: deque[bytes] = deque(maxlen=8)
-        self._cut = self._first_event = self._raw_ok = self._done_seen = False
+        self._cut = self._cut_progress = self._first_event = self._raw_ok = self._done_seen = False
         self._mend: Any = None
 
     # attempts
@@ -276,12 +277,13 @@ class Pair:
         self._mend = route.mend
         head, kind, length, chunked = wire.answer_head(connection.head)
         connection.framed = chunked or length is not None
-        self._held_head = head
+        self._held_head = head if route.content_type is None else wire.with_content_type(head, route.content_type)
         if connection.status >= 400:
             self.phase = Phase.ERROR
         elif self.exchange.stream and kind.startswith(b"text/event-stream"):
             self.phase = Phase.STREAM
             self._cut = route.cut_usage and not self.exchange.wants_usage
+            self._cut_progress = route.cut_progress
             self._first_event = route.first_event
             self._raw_ok = self._chunked and self._mend is None and chunked
         elif self.head_sent:
@@ -299,9 +301,15 @@ class Pair:
 
     def _whole(self, connection: Connection, data: bytes, part: bytes) -> None:
         if not self._raw_ok:  # mended, or for a client that cannot read chunks: collected, sent with its length
-            self._body.append(part)
+            collected = self._mended(connection, part)
+            if collected is None:
+                return
+            self._body.append(collected)
             if connection.complete:
-                self._send_collected()
+                body = b"".join(self._body)
+                self._tail.append(body)
+                self._send_head(self._held_head + b"content-length: %d\r\n" % len(body), body)
+                self.committed = True
                 self._finish(raw_end=True)
             return
         self._tail.append(part)
@@ -315,23 +323,26 @@ class Pair:
         if connection.complete:
             self._finish(raw_end=True)
 
-    def _send_collected(self) -> None:
-        body = b"".join(self._body)
-        if self._mend is not None:
-            body = self._mend.feed(body) + self._mend.finish()
-        self._tail.append(body)
-        self._send_head(self._held_head + b"content-length: %d\r\n" % len(body), body)
-        self.committed = True
+    def _mended(self, connection: Connection, part: bytes) -> bytes | None:
+        """`part` through the mend, if there is one. None: it ended the attempt."""
+        if self._mend is None:
+            return part
+        try:
+            out: bytes = self._mend.feed(part) if part else b""
+            return out + self._mend.finish() if connection.complete else out
+        except HelexaError as error:
+            connection.abort()
+            self._attempt_failed(error)
+            return None
 
     # a stream, event by event
 
     def _events(self, connection: Connection, part: bytes, raw: bytes) -> None:
         """part: the decoded body bytes of the read `raw`."""
-        if self._mend is not None:
-            part = self._mend.feed(part)
-            if connection.complete:
-                part += self._mend.finish()
-        self._buffer += part
+        mended = self._mended(connection, part)
+        if mended is None:
+            return
+        self._buffer += mended
         out: list[bytes] = []
         while (blank := _BLANK_LINE.search(self._buffer)) is not None:
             block, self._buffer = self._buffer[: blank.end()], self._buffer[blank.end() :]
@@ -367,10 +378,10 @@ class Pair:
             return True
         found = scan.chunk_of(block)
         if found is not None:
-            if found.error is not None:
-                if not self.committed and self._retryable_event(found.error):
-                    return False
-                exchange.error = exchange.error or UpstreamError(f"{exchange.node} ended the stream with an error")
+            if found.error is not None and not self.committed and self._retryable_event(found.error):
+                return False
+            if found.prompt_progress is not None and self._cut_progress:
+                return True
             scan.note(exchange, found)
             if not exchange.t_first_token and found.has_delta:
                 exchange.t_first_token = monotonic()
@@ -386,10 +397,10 @@ class Pair:
         out.append(block)
         return True
 
-    def _retryable_event(self, raw: msgspec.Raw) -> bool:
+    def _retryable_event(self, told: Any) -> bool:
         """An upstream whose own head was out already can only say in an event that it failed."""
         route = cast("Route", self.route)
-        error = self.director.refused(self.exchange, route, 503, b'{"error":' + bytes(raw) + b"}")
+        error = self.director.refused(self.exchange, route, 503, msgspec.json.encode({"error": told}))
         if not isinstance(error, Transient | UpstreamError):
             return False
         if self.connection is not None:
@@ -633,6 +644,10 @@ def _role_event(found: scan.Chunk) -> bytes:
         "object": "chat.completion.chunk",
         "created": found.created,
         "model": found.model,
-        "choices": [{"index": 0, "delta": {"role": "assistant", "content": None}, "finish_reason": None}],
+        "choices": [
+            # "" and not null: there are clients that add it to what follows
+            {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            for choice in found.choices or ()
+        ],
     }
     return sse.frame(msgspec.json.encode({k: v for k, v in event.items() if v is not None}))

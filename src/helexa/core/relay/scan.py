@@ -11,11 +11,13 @@ from typing import Any
 import msgspec
 
 from helexa.core.bodies import try_decode
+from helexa.core.errors import UpstreamError
 from helexa.core.relay.contract import Exchange, Usage
 
 _USAGE = b'"usage":'
 _TIMINGS = b'"timings":'
 _FINISH = b'"finish_reason":"'
+_TELLING = (_USAGE, _TIMINGS, b'"finish_reason":', b'"error":')
 _OBJECT = re.compile(rb"\s*(\{(?:[^{}]|\{[^{}]*\})*\})")
 
 
@@ -42,6 +44,7 @@ class _Delta(msgspec.Struct):
 
 
 class _Choice(msgspec.Struct):
+    index: int = 0
     delta: _Delta | None = None
     text: str | None = None  # /v1/completions
     finish_reason: str | None = None
@@ -56,7 +59,8 @@ class Chunk(msgspec.Struct):
     id: str | None = None
     created: int | None = None
     model: str | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
+    prompt_progress: Any = None
 
     @property
     def has_delta(self) -> bool:
@@ -100,7 +104,7 @@ def is_only_comment(block: bytes) -> bool:
 def settle_stream(exchange: Exchange, tail: bytes) -> None:
     """Fill usage, finish reason and timings from the last events of a stream; `tail` may begin inside an event."""
     for block in tail.split(b"\n\n")[-6:]:
-        if (_USAGE in block or b'"finish_reason":' in block or _TIMINGS in block) and (found := chunk_of(block)):
+        if any(word in block for word in _TELLING) and (found := chunk_of(block)):
             note(exchange, found)
 
 
@@ -110,6 +114,8 @@ def note(exchange: Exchange, found: Chunk) -> None:
         exchange.usage = found.usage.known()
     if found.timings is not None:
         exchange.timings = found.timings
+    if found.error is not None and exchange.error is None:
+        exchange.error = UpstreamError(f"{exchange.node} ended the stream with an error: {str(found.error)[:500]}")
     for choice in found.choices or ():
         if choice.finish_reason is not None:
             exchange.finish_reason = choice.finish_reason

@@ -90,6 +90,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
+        self.pool.opened(self)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             # the stdlib loop sets it only where the socket's proto says TCP; first tokens are 41 ms late without
@@ -218,6 +219,7 @@ class Upstream:
         self.max_idle = max_idle
         self.closing = False
         self._idle: list[Connection] = []
+        self._open: set[Connection] = set()
         self._heads: dict[str, bytes] = {}
         self._unix: str | None = None
         self._host, self._port, self._base = "", 0, ""
@@ -266,7 +268,11 @@ class Upstream:
         else:
             self._idle.append(connection)
 
+    def opened(self, connection: Connection) -> None:
+        self._open.add(connection)
+
     def dropped(self, connection: Connection) -> None:
+        self._open.discard(connection)
         if connection.owner is None and connection in self._idle:
             self._idle.remove(connection)
 
@@ -276,6 +282,17 @@ class Upstream:
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.transport.close()
+
+    def abort(self) -> None:
+        """Cut every connection, those in use too: their owners hear of it in the loop's next turn."""
+        self.closing = True
+        for connection in list(self._open):
+            connection.transport.abort()
+
+    @property
+    def open_connections(self) -> int:
+        """Connections whose descriptor is not closed yet."""
+        return len(self._open)
 
     # the control plane
 

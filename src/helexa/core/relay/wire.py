@@ -36,6 +36,7 @@ STATUS_LINES: Final[dict[int, bytes]] = {s.value: f"HTTP/1.1 {s.value} {s.phrase
 _PASSED_BACK: Final = re.compile(
     rb"\r\n((?:content-type|retry-after|cache-control|x-accel-buffering|x-helexa-[a-z-]+):[^\r\n]*)", re.IGNORECASE
 )
+_CONTENT_TYPE: Final = re.compile(rb"(?im)^content-type:[^\r\n]*\r\n")
 _GOOD_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
@@ -99,6 +100,11 @@ def answer_head(head: bytes) -> tuple[bytes, bytes, bytes | None, bool]:
         value_of(lower, lower, b"content-length:"),
         b"\r\ntransfer-encoding:" in lower,
     )
+
+
+def with_content_type(head: bytes, kind: bytes) -> bytes:
+    """A head made by `answer_head`, with this content-type."""
+    return _CONTENT_TYPE.sub(b"", head) + b"content-type: " + kind + b"\r\n"
 
 
 def chunk(data: bytes) -> bytes:
