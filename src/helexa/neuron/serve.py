@@ -7,6 +7,7 @@ It binds first and looks at the devices then (a driver may take its time, or han
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import math
 import os
@@ -46,6 +47,7 @@ ENDPOINTS: Final = (
     Endpoint("/v1/embeddings", Dialect.OPENAI, "/v1/embeddings", generates=False),
     Endpoint("/v1/rerank", Dialect.OPENAI, "/v1/rerank", generates=False),
 )
+END_S: Final = 30.0  # hosts get 10 s at most, side by side
 EXIT_GRACE_S: Final = 5.0
 
 
@@ -133,9 +135,9 @@ class Neuron:
         )
         models = Models(settings, harnesses=self._harnesses, probe=probe, store=store, publish=self._publish)
         discovery = msgspec.structs.replace(probe.discovery(), harnesses=usable)
-        self._node = self._plane.node = Node(models, store, discovery)
-        self._director.models = models
+        self._node = Node(models, store, discovery)
         await models.start()
+        self._plane.node, self._director.models = self._node, models  # a listing before would have been empty
         gc.collect()
         gc.freeze()  # what lives now lives as long as the daemon: no collection need look at it again
         _log.info("ready", devices=[device.name for device in discovery.devices], harnesses=usable)
@@ -187,6 +189,8 @@ class Neuron:
             hurried.cancel()
 
     async def _end(self) -> None:
+        # An engine in this process that hangs with the interpreter in its hands can be ended by nothing else.
+        faulthandler.dump_traceback_later(END_S, exit=True)
         if self._node is not None:
             await self._node.models.stop()
         self._hub.close()
@@ -194,6 +198,7 @@ class Neuron:
         self._request_log.flush()
         if self._probe is not None:
             self._probe.close()
+        faulthandler.cancel_dump_traceback_later()
         _log.info("stopped")
 
 

@@ -265,6 +265,20 @@ def test_a_wrong_file_ends_with_code_2_and_the_key(tmp_path: Path, toml: str, sa
     assert "Traceback" not in result.stderr
 
 
+def test_a_folder_for_sockets_that_cannot_be_is_a_mistake_in_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "neuron.toml"
+    config.write_text('run_dir = "/proc/nowhere"')
+    result = subprocess.run(
+        [sys.executable, "-m", "helexa.neuron", "serve", "--config", str(config), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert result.returncode == 2
+    assert "run_dir" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_sigterm_ends_an_idle_daemon_at_once_with_code_0(tmp_path: Path) -> None:
     with neuron(tmp_path) as it:
         start = time.monotonic()
