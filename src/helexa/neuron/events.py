@@ -151,6 +151,10 @@ class EventStream:
             (b"cache-control", b"no-store"),
             (b"x-accel-buffering", b"no"),  # nginx would keep events until its buffer is full
         ]
+        if scope["method"] == "HEAD":
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            return
         with self._hub.subscribe() as subscription:
             leaving = asyncio.create_task(_until_gone(receive))
             leaving.add_done_callback(lambda _: subscription.end())

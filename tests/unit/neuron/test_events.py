@@ -133,7 +133,9 @@ class Client:
 def test_a_stream_ends_when_its_client_leaves() -> None:
     async def scenario() -> None:
         hub, client = Hub(dict), Client()
-        streaming = asyncio.create_task(EventStream(hub)({"type": "http"}, client.receive, client.send))
+        streaming = asyncio.create_task(
+            EventStream(hub)({"type": "http", "method": "GET"}, client.receive, client.send)
+        )
         await client.got_body.wait()
         client.gone.set()
         await streaming
@@ -148,7 +150,16 @@ def test_a_client_that_takes_nothing_is_given_up_without_an_end() -> None:
     async def scenario() -> None:
         hub, client = Hub(dict), Client()
         client.blocked = True
-        await EventStream(hub, send_s=0.01)({"type": "http"}, client.receive, client.send)
+        await EventStream(hub, send_s=0.01)({"type": "http", "method": "GET"}, client.receive, client.send)
         assert [message["type"] for message in client.sent] == ["http.response.start"]
+
+    run(scenario())
+
+
+def test_a_head_request_is_answered_without_a_stream() -> None:
+    async def scenario() -> None:
+        client = Client()
+        await EventStream(Hub(dict))({"type": "http", "method": "HEAD"}, client.receive, client.send)
+        assert [message.get("body") for message in client.sent] == [None, b""]
 
     run(scenario())
