@@ -113,10 +113,11 @@ class Models:
             self._spawn(self._load_default(request), f"default {request.id}")
 
     def close_admission(self) -> None:
-        """The drain begins: nobody is admitted any more, and who waits is told so. Running requests go on."""
-        self._shutdown = True
-        for resident in self._residents.values():
-            resident.close_admission(refusals.shutting_down)
+        """The drain begins: nobody is admitted any more, who waits is told so, loads end. Running requests go on."""
+        if not self._shutdown:
+            self._shutdown = True
+            for resident in self._residents.values():
+                resident.shut_down(refusals.shutting_down)
 
     async def stop(self) -> None:
         """All hosts are gone, and the folder of their sockets. Bounded; what still runs is cut."""
@@ -124,7 +125,7 @@ class Models:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(resident.stop(refusals.shutting_down) for resident in self._residents.values()))
+        await asyncio.gather(*(resident.stop() for resident in self._residents.values()))
         await self._hosts.close()
 
     # listings, from memory
@@ -251,7 +252,8 @@ class Models:
         if resident is None:
             if model not in self._on_disk:
                 return self._unknown(model)
-            return refusals.not_loaded(model, self._house.node)
+            error = self._on_disk[model].error
+            return refusals.failed(model, error) if error else refusals.not_loaded(model, self._house.node)
         return resident.refusal()
 
     def _unknown(self, model: str) -> HelexaError:
@@ -281,8 +283,6 @@ class Models:
         return info_of(resident, self._on_disk.get(resident.id), harness)
 
     def _changed(self, resident: Resident) -> None:
-        if self._shutdown and resident.seats is not None:
-            resident.close_admission(refusals.shutting_down)
         self._publish("model", msgspec.to_builtins(self._info(resident)))
 
     def _check_named(self, request: LoadRequest) -> None:

@@ -28,6 +28,7 @@ from helexa.neuron import refusals
 from helexa.neuron.admission import Seats
 from helexa.neuron.devices import Devices
 from helexa.neuron.harness import reference
+from helexa.neuron.harness.base import ModelFiles
 from helexa.neuron.hosts import QUIT_S, Host, HostFailed, Hosts
 from helexa.neuron.planner import Placed, Planner
 
@@ -39,6 +40,7 @@ _log = logs.get("neuron.models")
 GIVE_UP: Final = 5  # deaths, or loads that failed, in a row
 STABLE_S: Final = 60.0  # a host that lived so long starts a new row
 WORTH_TELLING: Final = 0.02  # of a model's memory
+PREFLIGHT_S: Final = 2.0  # what the Hub gets to refuse before a download counts as begun
 ETA_FROM: Final = 0.1  # of a load: before that its pace says nothing
 
 Status = ModelStatus
@@ -107,6 +109,7 @@ class Resident:
         self._unload: asyncio.Task[None] | None = None
         self._cut = asyncio.Event()  # ends a drain
         self._stop_reason: Callable[[], HelexaError] = self._was_unloaded
+        self._closed = False  # the daemon is shutting down
         self._deaths = 0
         self._work_since = 0.0
         self._last_used = 0.0
@@ -124,9 +127,12 @@ class Resident:
                 if self.status is Status.RECOVERING and self._recovery is not None:
                     await self._outcome(self._recovery)
                 return Status.LOADED
+            behind = self._gate.locked()  # an unload that runs; it may drain for long
             self._asked = asked
             self._begun = asyncio.get_running_loop().create_future()
             self._load = _owned(self._run_load(request, self._begun), f"load {self.id}")
+            if behind and not wait:
+                return Status.LOADING
         else:
             self._check_same(asked, self._asked)
         load, begun = self._load, self._begun
@@ -156,13 +162,19 @@ class Resident:
             self._cut.set()
         await self._outcome(self._unload)
 
-    def close_admission(self, refusal: Callable[[], HelexaError]) -> None:
-        if self.seats is not None:
-            self.seats.close(refusal)
-
-    async def stop(self, reason: Callable[[], HelexaError]) -> None:
-        """Gone, whatever state it is in; bounded by what a host may take to end."""
+    def shut_down(self, reason: Callable[[], HelexaError]) -> None:
+        """Nobody is admitted any more and who waits is told so, be it for a seat or for a load. What runs goes on."""
         self._stop_reason = reason
+        self._closed = True
+        if self.seats is not None:
+            self.seats.close(reason)
+            self.seats = None
+        for work in (self._load, self._recovery):
+            if work is not None and not work.done():
+                work.cancel()
+
+    async def stop(self) -> None:
+        """Gone, whatever state it is in; bounded by what a host may take to end."""
         try:
             await self.unload(force=True)
         except HelexaError as err:
@@ -218,7 +230,8 @@ class Resident:
         self.error = error
         self.progress = None
         self._work_since = time.monotonic()
-        self.seats = self.serving.seats if status is Status.LOADED and self.serving is not None else None
+        open_to_requests = status is Status.LOADED and not self._closed
+        self.seats = self.serving.seats if open_to_requests and self.serving is not None else None
         self._house.changed(self)
 
     def fail(self, error: str) -> None:
@@ -251,14 +264,9 @@ class Resident:
 
     async def _bring_up(self, request: LoadRequest, begun: asyncio.Future[None]) -> None:
         house = self._house
-        self.failed_download = False
         files = await asyncio.to_thread(house.store.find_local, request)
         if files is None:
-            self.become(Status.DOWNLOADING)
-            begun.set_result(None)
-            self.failed_download = True
-            files = await house.store.resolve(request, self._on_progress)
-            self.failed_download = False
+            files = await self._download(request, begun)
         started = time.monotonic()
         placed = await house.planner.place(request, files)
         with placed.claim:
@@ -273,6 +281,31 @@ class Resident:
         self.never_loaded = False
         Counts.add(house.counts.loads, self.id)
         self._up()
+
+    async def _download(self, request: LoadRequest, begun: asyncio.Future[None]) -> ModelFiles:
+        """DOWNLOADING from the first byte on, or when the Hub takes its time: until then a refusal (no such
+        repository, no downloads here) is the caller's answer and no state of the model."""
+        fetching = True
+
+        def begin() -> None:
+            if fetching and self.status is not Status.DOWNLOADING:
+                self.become(Status.DOWNLOADING)
+                begun.set_result(None)
+
+        def tell(progress: Progress) -> None:
+            begin()
+            if fetching:
+                self._on_progress(progress)
+
+        self.failed_download = True
+        slow = asyncio.get_running_loop().call_later(PREFLIGHT_S, begin)
+        try:
+            files = await self._house.store.resolve(request, tell)
+        finally:
+            fetching = False
+            slow.cancel()
+        self.failed_download = False
+        return files
 
     async def _start(self, placed: Placed) -> Serving:
         """A host that has the model and answers. Raises LoadFailed with the host's reason; nothing is left then."""
