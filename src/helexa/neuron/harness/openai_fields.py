@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from helexa.core.bodies import decode
 from helexa.core.errors import BadRequest
@@ -50,7 +51,7 @@ class ToolCall(msgspec.Struct):
 
 class Message(msgspec.Struct):
     role: str = ""
-    content: str | list[Part] | msgspec.UnsetType | None = msgspec.UNSET
+    content: str | list[Part] | UnsetType | None = UNSET
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
@@ -97,8 +98,10 @@ class Generation(msgspec.Struct):
     """What chat and completions have in common."""
 
     model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    # UNSET tells an absent key, which may be put first, from a null, which would win over it.
+    stream: bool | UnsetType | None = UNSET
+    stream_options: StreamOptions | UnsetType | None = UNSET
+    return_progress: bool | UnsetType | None = UNSET
     n: int | None = None
     max_tokens: int | None = None
     temperature: Number = None
@@ -112,8 +115,11 @@ class Generation(msgspec.Struct):
     json_schema: dict[str, Any] | bool | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None
-    return_progress: bool | None = None
     timings_per_token: bool | None = None
+
+    @property
+    def wants_usage(self) -> bool:
+        return isinstance(self.stream_options, StreamOptions) and self.stream_options.include_usage is True
 
     @property
     def stops(self) -> Sequence[str]:
@@ -296,9 +302,9 @@ def _bad(param: str, what: str) -> BadRequest:
 
 def _check_content(message: Message, i: int) -> None:
     content = message.content
-    if content is msgspec.UNSET or content is None:
+    if content is UNSET or content is None:
         # Absent beside tool calls is what every agent sends in its second turn.
-        if content is msgspec.UNSET and message.role != "assistant":
+        if content is UNSET and message.role != "assistant":
             raise _bad(f"messages[{i}].content", "is required")
         return
     if isinstance(content, list):

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import msgspec
 
-# Strings are matched whole, so that a brace inside one is not seen. Possessive: a long text costs no backtracking.
-_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}\[\],:]', re.DOTALL)
+_MARK = re.compile(rb'["{}\[\],:]')
 _SPACE = b" \t\r\n"
 
 
@@ -21,24 +20,39 @@ def members(body: bytes) -> Iterator[tuple[str, int, int]]:
     depth = 0
     key: bytes | None = None
     start = 0  # of the value, once its colon was seen
-    for match in _TOKEN.finditer(body):
-        token = match.group()
-        if token in b"{[":
+    mark = _MARK.search(body)
+    while mark is not None:
+        at = mark.start()
+        token = body[at]
+        after = at + 1
+        if token == 0x22:  # a string, skipped whole: its braces are text
+            after = _string_end(body, at)
+            if depth == 1 and not start:
+                key = body[at:after]
+        elif token in b"{[":
             depth += 1
-        elif depth == 1 and (token == b"," or token == b"}"):
+        elif depth == 1 and token in b",}":
             if key is not None:
-                first, last = _trim(body, start, match.start())
-                yield _text(key), first, last
-            key, start = None, 0
-            if token == b"}":
+                yield _text(key), *_trim(body, start, at)
+            if token == 0x7D:
                 return
+            key, start = None, 0
         elif token in b"}]":
             depth -= 1
         elif depth == 1 and not start:
-            if token == b":":
-                start = match.end()
-            else:
-                key = token
+            start = after  # the colon
+        mark = _MARK.search(body, after)
+
+
+def _string_end(body: bytes, at: int) -> int:
+    """Behind the string that opens at `at`. By `find`, not by pattern: a prompt is tens of kilobytes."""
+    while True:
+        at = body.index(b'"', at + 1)
+        slashes = at
+        while body[slashes - 1] == 0x5C:
+            slashes -= 1
+        if (at - slashes) % 2 == 0:
+            return at + 1
 
 
 def splice(body: bytes, values: Mapping[str, bytes]) -> bytes:

@@ -238,6 +238,18 @@ def test_log_probabilities_without_alternatives_show_none() -> None:
     assert answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
+def test_the_progress_of_a_prefill_is_no_part_of_a_whole_answer() -> None:
+    progress = engine.role() | {"prompt_progress": {"total": 7, "cache": 0, "processed": 3, "time_ms": 1}}
+    body = {"messages": MESSAGES}
+    assert whole(body, [progress, progress, *PLAIN_TEXT]) == whole(body, PLAIN_TEXT)
+
+
+def test_an_answer_of_many_events_may_come_at_once() -> None:
+    stream = engine.frames([engine.role(), *engine.text("x") * 20_000, engine.delta(finish="length")])
+    answer = json.loads(through(mend_of({"messages": MESSAGES}), stream))
+    assert len(answer["choices"][0]["message"]["content"]) == 20_000
+
+
 def test_comments_pass_in_a_stream_and_not_into_a_whole_answer() -> None:
     stream = b": ping\n\n" + engine.frames(STOP_TEXT)
     body = {"messages": MESSAGES, "stop": ["you"]}

@@ -23,41 +23,53 @@ def sent(prepared: Prepared) -> dict[str, Any]:
     return body
 
 
-def test_an_ordinary_chat_passes_byte_for_byte() -> None:
-    for body in ({"messages": MESSAGES}, {"messages": MESSAGES, "temperature": 0.2, "seed": 7, "top_k": 5, "odd": [1]}):
-        assert session().prepare(exchange(body)) == Prepared()
+def test_an_ordinary_stream_only_gets_what_lets_the_engine_notice_a_client_that_left() -> None:
+    body = b' {"messages":[{"role":"user","content":"hi"}], "stream" : true,"temperature":2e-1,"odd":[1.50]}'
+    prepared = session().prepare(exchange(body))
+    assert prepared == Prepared(
+        body=b' {"return_progress":true,' + body[2:], mend=None, first_event=True, cut_progress=True
+    )
 
 
-def test_a_streamed_chat_only_asks_for_its_role_chunk() -> None:
-    assert session().prepare(exchange({"messages": MESSAGES, "stream": True})) == Prepared(first_event=True)
+def test_progress_is_shown_to_a_client_that_asked_for_it() -> None:
+    body = {"messages": MESSAGES, "stream": True, "return_progress": True}
+    assert session().prepare(exchange(body)) == Prepared(first_event=True)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("more", [{}, {"stream": None}, {"stream": False, "stream_options": None}])
+def test_a_whole_answer_is_asked_as_a_stream_and_told_as_json(path: str, more: dict[str, Any]) -> None:
+    body = {"messages": MESSAGES, "prompt": "a"} | more
+    prepared = session().prepare(exchange(body, path))
+    assert sent(prepared) == body | {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
+    assert prepared.content_type == b"application/json"
+    assert prepared.mend is not None
+    assert (prepared.first_event, prepared.cut_progress) == (False, False)
 
 
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (b'{"stream":true,"messages":M}', b'{"stream_options":{"include_usage":true},"stream":true,"messages":M}'),
+        (b'"stream":true', b'"return_progress":true,"stream":true,"stream_options":{"include_usage":true}'),
+        (b'"stream_options":null', b'"return_progress":true,"stream_options":{"include_usage":true}'),
         (
-            b'{"stream":true,"stream_options":null,"messages":M}',
-            b'{"stream":true,"stream_options":{"include_usage":true},"messages":M}',
+            b'"stream_options": {"include_usage":false} ',
+            b'"return_progress":true,"stream_options": {"include_usage":true} ',
         ),
-        (
-            b'{"stream":true,"stream_options": {"include_usage":false} ,"messages":M}',
-            b'{"stream":true,"stream_options": {"include_usage":true} ,"messages":M}',
-        ),
-        (b'{"stream":true,"stream_options":{"include_usage":true},"messages":M}', None),
-        (b'{"messages":M}', None),
+        (b'"stream_options":{"include_usage":true}', b'"return_progress":true,"stream_options":{"include_usage":true}'),
+        (b'"return_progress":false', b'"stream_options":{"include_usage":true},"return_progress":true'),
+        (b'"return_progress":true', b'"stream_options":{"include_usage":true},"return_progress":true'),
     ],
 )
-def test_usage_is_asked_for_where_the_gateway_wants_it(before: bytes, after: bytes | None) -> None:
-    messages = json.dumps(MESSAGES).encode()
-    prepared = session().prepare(exchange(before.replace(b"M", messages), gateway_usage=True))
-    assert prepared.body == (None if after is None else after.replace(b"M", messages))
-
-
-def test_text_that_looks_like_the_key_is_left_alone() -> None:
-    body = {"messages": [{"role": "user", "content": 'say "stream_options": null'}], "stream": True}
-    prepared = session().prepare(exchange(body, gateway_usage=True))
-    assert sent(prepared) == body | {"stream_options": {"include_usage": True}}
+def test_usage_is_asked_for_where_the_gateway_wants_it(before: bytes, after: bytes) -> None:
+    rest = b'"messages":[{"role":"user","content":"say \\"stream_options\\": null"}]}'
+    stream = b"" if b'"stream"' in before else b'"stream":true,'
+    asked = b"{" + before + b"," + stream + rest
+    body = session().prepare(exchange(asked, gateway_usage=True)).body
+    assert body is not None
+    wanted = json.loads(b"{" + after + b"," + stream + rest)
+    assert json.loads(body) == wanted
+    assert body.endswith(rest)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +100,8 @@ def test_images_need_a_model_that_sees() -> None:
     with pytest.raises(UnsupportedModality) as refused:
         session().prepare(exchange({"messages": [*MESSAGES, IMAGE]}))
     assert refused.value.param == "messages[1].content[0]"
-    assert session(abilities=("chat", "vision")).prepare(exchange({"messages": [IMAGE]})) == Prepared()
+    seen = session(abilities=("chat", "vision")).prepare(exchange({"messages": [IMAGE], "stream": True}))
+    assert sent(seen)["messages"] == [IMAGE]
 
 
 @pytest.mark.parametrize("url", ["http://169.254.169.254/", "HTTPS://a/b", "file:///etc/passwd", ""])
@@ -109,18 +122,8 @@ def test_audio_and_unknown_parts_are_refused_by_place() -> None:
     assert unknown.value.param == "messages[0].content[0].type"
 
 
-def test_a_whole_answer_that_needs_mending_is_asked_as_a_stream_and_told_as_json() -> None:
-    prepared = session().prepare(exchange({"messages": MESSAGES, "stop": ["x"]}))
-    asked = sent(prepared)
-    assert (asked["stream"], asked["stream_options"], asked["verbose"]) == (True, {"include_usage": True}, True)
-    assert prepared.content_type == b"application/json"
-    assert prepared.mend is not None
-    assert not prepared.first_event
-
-
 def test_a_stream_that_needs_mending_stays_one() -> None:
     prepared = session().prepare(exchange({"messages": MESSAGES, "n": 2, "stream": True}))
-    assert prepared.body is None
     assert prepared.mend is not None
     assert prepared.content_type is None
     assert prepared.first_event
@@ -129,8 +132,7 @@ def test_a_stream_that_needs_mending_stays_one() -> None:
 def test_reasoning_is_counted_where_usage_is_told() -> None:
     thinker = session(abilities=("chat", "reasoning"))
     assert sent(thinker.prepare(exchange({"messages": MESSAGES})))["timings_per_token"] is True
-    unasked = thinker.prepare(exchange({"messages": MESSAGES, "stream": True}))
-    assert unasked == Prepared(first_event=True)
+    assert thinker.prepare(exchange({"messages": MESSAGES, "stream": True})).mend is None
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
@@ -159,7 +161,9 @@ def test_a_named_call_allows_that_function_only() -> None:
 
 
 def test_a_template_that_knows_tools_gets_them_untouched() -> None:
-    assert TOOLED.prepare(exchange({"messages": MESSAGES, "tools": [ADD]})) == Prepared()
+    prepared = TOOLED.prepare(exchange({"messages": MESSAGES, "tools": [ADD], "stream": True}))
+    assert prepared.mend is None
+    assert sent(prepared)["tools"] == [ADD]
 
 
 def test_a_template_without_tools_is_told_of_them_in_text() -> None:
@@ -204,7 +208,7 @@ def test_nothing_is_ever_put_into_a_prompt_without_tools() -> None:
 def test_log_probabilities_without_alternatives_are_asked_with_one() -> None:
     assert sent(session().prepare(exchange({"messages": MESSAGES, "logprobs": True})))["top_logprobs"] == 1
     body = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 3}
-    assert session().prepare(exchange(body)) == Prepared()
+    assert session().prepare(exchange(body | {"stream": True})).mend is None
 
 
 def test_a_completion_honours_a_response_format_as_its_schema() -> None:
@@ -215,12 +219,12 @@ def test_a_completion_honours_a_response_format_as_its_schema() -> None:
 
 @pytest.mark.parametrize("prompt", ["a", ["a"], [1, 2], [[1, 2]]])
 def test_one_prompt_needs_no_mend_in_any_form(prompt: Any) -> None:
-    assert session().prepare(exchange({"prompt": prompt}, COMPLETIONS)) == Prepared()
+    assert session().prepare(exchange({"prompt": prompt, "stream": True}, COMPLETIONS)).mend is None
 
 
 @pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]]])
 def test_several_prompts_need_one(prompt: Any) -> None:
-    assert session().prepare(exchange({"prompt": prompt}, COMPLETIONS)).mend is not None
+    assert session().prepare(exchange({"prompt": prompt, "stream": True}, COMPLETIONS)).mend is not None
 
 
 def test_dimensions_can_only_be_the_models_own() -> None:

@@ -70,6 +70,17 @@ def test_a_callers_mistake_is_400_and_names_the_field(code: int, message: str, p
     assert "parser" not in error.message
 
 
+def test_a_template_that_raised_is_quoted_without_its_source() -> None:
+    source = (
+        "\n------------\nWhile executing CallExpression at line 3, column 228 in source:\n...{{ raise_exception(...\n"
+    )
+    error = refusal(400, source + "Error: Jinja Exception: Conversation roles must alternate user/assistant")
+    assert (
+        error.message
+        == "smol: its chat template refuses these messages: Conversation roles must alternate user/assistant"
+    )
+
+
 @pytest.mark.parametrize(
     ("code", "message", "kind", "expected"),
     [

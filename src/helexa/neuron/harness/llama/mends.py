@@ -1,8 +1,9 @@
 """What llama.cpp's server does not answer rightly, repaired on the way. Pure: bytes in, bytes out.
 
-A request that needs a mend is always asked of the engine as a stream, because only there each choice has its own
-usage and end; where the client wanted one piece, the mended events are collected into it. So there is one code path:
-events are decoded, go through the steps in order, and are written or collected. Any cut of the bytes gives the same.
+The engine is always asked for a stream: only there each choice has its own usage and end, and only while it writes it
+notices a client that left. Where the client wanted one piece, the mended events are collected into it. So there is one
+code path: events are decoded, go through the steps in order, and are written or collected. Any cut of the bytes gives
+the same.
 
     Stops       which stop string matched: `stop_reason` beside each finish_reason
     Usages      one usage for all choices (the engine gives each choice its own)
@@ -25,6 +26,7 @@ from helexa.neuron.harness.llama.mends_collect import Collector
 Chunk = dict[str, Any]
 
 _DONE: Final = b"[DONE]"
+_PIECE: Final = 32 << 10  # the reader moves what is left behind each event: a whole answer at once would be quadratic
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
 
@@ -48,7 +50,8 @@ class AnswerMend:
         self._done = False
 
     def feed(self, data: bytes) -> bytes:
-        return b"".join([self._block(block) for block in self._reader.blocks(data)])
+        pieces = (data[at : at + _PIECE] for at in range(0, len(data), _PIECE))
+        return b"".join([self._block(block) for piece in pieces for block in self._reader.blocks(piece)])
 
     def finish(self) -> bytes:
         """Raises UpstreamError where an answer in one piece cannot be given: the stream broke off."""
@@ -60,15 +63,19 @@ class AnswerMend:
         return _encode(self._into.answer())
 
     def _block(self, block: bytes) -> bytes:
-        event = sse.parse(block)
-        if event.comment:
-            return b"" if self._into is not None else block
-        if event.data == _DONE:
+        if block.startswith(b"data: ") and block.endswith(b"}\n\n"):  # nearly every one, and whole: JSON has no newline
+            data = block[6:-2]
+        else:
+            event = sse.parse(block)
+            if event.comment:
+                return b"" if self._into is not None else block
+            data = event.data
+        if data == _DONE:
             self._done = True
             return self._write(self._ended(), _DONE)
         try:
-            chunk = _decode(event.data)
-        except msgspec.DecodeError:
+            chunk = _decode(data)
+        except (msgspec.DecodeError, ValueError, RecursionError):
             return block  # not ours to judge
         if not isinstance(chunk, dict):
             return b""  # the engine opens a stream of several prompts with `data: null`

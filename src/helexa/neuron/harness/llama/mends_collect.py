@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _OBJECTS = {"chat.completion.chunk": "chat.completion"}
+_LAST = ("usage", "timings")  # of the whole answer, at its end
 _PER_EVENT = frozenset({"choices", "prompt_progress"})  # what has no meaning once the answer is whole
 
 
@@ -16,14 +17,17 @@ class Collector:
         self._rest: dict[str, Any] = {}
 
     def add(self, chunk: dict[str, Any]) -> None:
+        """Once for each token."""
         for choice in chunk.get("choices") or ():
             index = choice.get("index", 0)
             if index not in self._choices:
                 self._choices[index] = _Choice()
             self._choices[index].add(choice)
-        for key, value in chunk.items():
-            if key not in _PER_EVENT and (key not in self._rest or key in ("usage", "timings")):
-                self._rest[key] = value
+        if not self._rest:
+            self._rest = {key: value for key, value in chunk.items() if key not in _PER_EVENT}
+        for key in _LAST:
+            if key in chunk:
+                self._rest[key] = chunk[key]
 
     def answer(self) -> dict[str, Any]:
         kind = self._rest.get("object")

@@ -30,6 +30,7 @@ _INSIDE: Final = re.compile(
     r"\[json\.exception\.[a-z_]+\.\d+\] |Unable to generate parser for this template\. "
     r"(?:Automatic parser generation failed: )?|Failed to initialize samplers: "
 )
+_RAISED: Final = re.compile(r"Jinja Exception: (.*)")  # by the template, on purpose; after a picture of its source
 
 # (what the message contains, the field at fault); the first that fits.
 _CALLERS: Final[tuple[tuple[str, str | None], ...]] = (
@@ -71,6 +72,8 @@ def translate(model: str, path: str, status: int, body: bytes) -> HelexaError:
         return UpstreamError(f"{model}: the engine answered {status} {body[:200].decode('utf-8', 'replace')!r}")
     code = error.code if isinstance(error.code, int) else status
     message = _INSIDE.sub("", error.message)
+    if (raised := _RAISED.search(message)) is not None:
+        return BadRequest(f"{model}: its chat template refuses these messages: {raised.group(1)}", param="messages")
     if (sizes := _sizes(error)) is not None:
         too_long = ContextLengthExceeded(model, *sizes)
         too_long.param = "prompt" if path == "/v1/completions" else _PROMPT.get(path.rsplit("/", 1)[-1], "messages")

@@ -1,7 +1,8 @@
 """One loaded GGUF model, seen from the daemon: what of a request the engine may see, and how its answer is mended.
 
-Pure but for `count_tokens`. What llama.cpp's server answers rightly passes untouched in both directions; a request
-that it does not answer rightly is rewritten by splices, and its answer goes through a mend (mends.py says which).
+Pure but for `count_tokens`. A stream that llama.cpp's server answers rightly passes untouched; a request that it does
+not answer rightly is rewritten by splices, and its answer goes through a mend (mends.py says which). An answer in one
+piece is always asked as a stream and collected by its mend.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ _TRUE: Final = b"true"
 _NULL: Final = b"null"
 _USAGE_ON: Final = b'{"include_usage":true}'
 _JSON: Final = b"application/json"
+_KNOWN_ABSENT: Final = frozenset({"stream", "stream_options", "return_progress"})  # where UNSET says so
 _encode = msgspec.json.Encoder().encode
 
 
@@ -63,7 +65,7 @@ class LlamaSession:
         }
 
     def prepare(self, exchange: Exchange) -> Prepared:
-        """HOT for a chat: one decode of the fields we judge, and one splice where the gateway wants usage."""
+        """HOT for a chat: one decode of the fields we judge, and one splice."""
         path = exchange.endpoint.upstream_path
         if self._task not in _TASKS[path]:
             raise self._wrong_task(path)
@@ -190,10 +192,14 @@ class LlamaSession:
     def _mended(
         self, exchange: Exchange, asked: fields.Generation, values: dict[str, bytes], steps: list[Step], *, prompts: int
     ) -> Prepared:
-        """HOT. Adds what chat and completions share, and settles how the engine is asked."""
+        """HOT. Adds what chat and completions share, and settles how the engine is asked.
+
+        Always for a stream, and always for the progress of its prefill: the engine notices a client that left only
+        where a write to it fails (a whole answer it would finish for nobody), and a progress event is a write a batch.
+        """
         is_chat = isinstance(asked, fields.ChatRequest)
-        wants_usage = asked.stream_options is not None and asked.stream_options.include_usage is True
-        usage = wants_usage or exchange.gateway_usage or not exchange.stream
+        stream = exchange.stream
+        usage = asked.wants_usage or exchange.gateway_usage or not stream
         if asked.stop:
             values["verbose"] = _TRUE
             steps.append(Stops(asked.stops))
@@ -203,16 +209,18 @@ class LlamaSession:
         if is_chat and usage and "reasoning" in self._abilities:
             values["timings_per_token"] = _TRUE
             steps.append(Reasoning(timings_asked=bool(asked.timings_per_token)))
-        if exchange.stream:
-            if exchange.gateway_usage and not wants_usage:
-                values["stream_options"] = _USAGE_ON
-        elif steps:
-            values |= {"stream": _TRUE, "stream_options": _USAGE_ON}
+        if not stream:
+            values["stream"] = _TRUE
+        if usage and not asked.wants_usage:
+            values["stream_options"] = _USAGE_ON
+        if asked.return_progress is not True:
+            values["return_progress"] = _TRUE
         return Prepared(
-            body=_spliced(exchange.body, values),
-            mend=AnswerMend(steps, None if exchange.stream else Collector()) if steps else None,
-            first_event=is_chat and exchange.stream,
-            content_type=_JSON if steps and not exchange.stream else None,
+            body=_spliced(exchange.body, asked, values),
+            mend=AnswerMend(steps, None if stream else Collector()) if steps or not stream else None,
+            first_event=is_chat and stream,
+            content_type=None if stream else _JSON,
+            cut_progress=stream and asked.return_progress is not True,
         )
 
     # embeddings and rerank
@@ -245,10 +253,10 @@ class LlamaSession:
         )
 
 
-def _spliced(body: bytes, values: dict[str, bytes]) -> bytes | None:
-    """HOT. None: unchanged. A key that the body does not even contain as text needs no search for its span."""
+def _spliced(body: bytes, asked: fields.Generation, values: dict[str, bytes]) -> bytes | None:
+    """HOT. None: unchanged. Keys that the decoding found absent need no search for their spans."""
     if not values:
         return None
-    if all(b'"%b"' % key.encode() not in body for key in values) and b"\\u" not in body:
+    if values.keys() <= _KNOWN_ABSENT and all(getattr(asked, key) is msgspec.UNSET for key in values):
         return prepend(body, values)
     return splice(body, values)
