@@ -83,7 +83,14 @@ def _seated(exchange: Exchange, seat: Seat) -> Route:
     except BaseException:
         seat.release()
         raise
-    return Route(upstream=seat.upstream, body=prepared.body, mend=prepared.mend, first_event=prepared.first_event)
+    return Route(
+        upstream=seat.upstream,
+        body=prepared.body,
+        mend=prepared.mend,
+        first_event=prepared.first_event,
+        content_type=prepared.content_type,
+        cut_progress=prepared.cut_progress,
+    )
 
 
 async def _when_seated(exchange: Exchange, seat: Awaitable[Seat]) -> Route:
