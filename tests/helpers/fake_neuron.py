@@ -69,9 +69,14 @@ class FakeNeuron:
             "/models/unload": self._unload,
         }
         routes = [Route(p, self._guarded(p, f), methods=["GET", "POST"]) for p, f in paths.items()]
+        routes += self.more_routes()
         self.uptime_from = time.monotonic()
         self._server = Server(director=None, app=Starlette(routes=routes))
         _, self.port = await self._server.listen("127.0.0.1", self.port)
+
+    def more_routes(self) -> list[Route]:
+        """For one that answers requests too."""
+        return []
 
     async def die(self) -> None:
         """As by kill -9: connections break, what was loaded is gone."""

@@ -76,6 +76,7 @@ class Cortex:
             allowed_hosts=gateway.allowed_hosts,
             metrics=self._metrics_text if gateway.metrics_on_api else None,
             warnings=exposure(settings),
+            relayed=[endpoint.path for endpoint in ENDPOINTS],
         )
         director = CortexDirector(
             self.fleet,
@@ -110,13 +111,14 @@ class Cortex:
         return Addresses(api, metrics)
 
     async def stop(self, *, drain_s: float) -> int:
-        """Running requests get `drain_s`, new ones a 503. Returns how many had to be cut."""
+        """Running requests get `drain_s`; new ones, and those that wait for a load, a 503. Returns how many had to be
+        cut."""
         error = ShuttingDown("The gateway is shutting down; ask again in a moment, or another one", retry_after_s=5)
         self.server.stop_accepting(error)
         self.control.shutdown = error
-        cut = await self.server.drain(drain_s)
         await self.control.close()
         await self.loader.stop()
+        cut = await self.server.drain(drain_s)
         await self.poller.stop()
         await self.server.close()
         await self.metrics_server.close()

@@ -64,7 +64,7 @@ _order = msgspec.json.Decoder(Order)
 
 class ControlPlane:
     """metrics: the exposition text, for /metrics on this port; None where only the metrics port has it.
-    warnings: sentences that `cortex status` repeats. shutdown: set when the drain begins."""
+    warnings: sentences that `cortex status` repeats. relayed: paths whose POSTs the relay takes. shutdown: set when the drain begins."""
 
     def __init__(
         self,
@@ -76,6 +76,7 @@ class ControlPlane:
         allowed_hosts: Sequence[str],
         metrics: Callable[[], bytes] | None,
         warnings: list[str],
+        relayed: Sequence[str],
     ) -> None:
         self.shutdown: ShuttingDown | None = None
         self._fleet = fleet
@@ -99,6 +100,7 @@ class ControlPlane:
             Route("/models/load", self._load, methods=["POST"]),
             Route("/models/unload", self._unload, methods=["POST"]),
             *(Route(path, _later, methods=["POST"]) for path in LATER),
+            *(Route(path, _relayed, methods=["POST"]) for path in relayed),
         ]
         if metrics is not None:
             routes.append(Route("/metrics", self._scrape))
@@ -242,7 +244,8 @@ class ControlPlane:
             hint = f"; did you mean {near[0]}?" if near else ""
             return answer(request, NotFound(f"There is no {path} here{hint}"))
         if error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "")
+            # Starlette joins a set; the same words in the same order read better.
+            allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
             response = answer(request, MethodNotAllowed(f"{request.method} does not go with {path}; use {allowed}"))
             response.headers["allow"] = allowed
             return response
@@ -251,6 +254,11 @@ class ControlPlane:
 
 def metrics_response(text: bytes) -> Response:
     return Response(text, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+async def _relayed(request: Request) -> Response:
+    """Only for other methods to be told which one is right. A POST comes here if its path was written in an odd way."""
+    raise NotFound(f"Write the path as it is: {request.url.path}")
 
 
 async def _later(request: Request) -> Response:
