@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helexa.neuron.harness.splice import members, prepend, splice
@@ -25,6 +25,7 @@ STYLES = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(OBJECTS, STYLES)
 def test_every_member_is_found_with_its_exact_span(value: dict[str, Any], style: dict[str, Any]) -> None:
     body = json.dumps(value, **style).encode()
@@ -33,6 +34,7 @@ def test_every_member_is_found_with_its_exact_span(value: dict[str, Any], style:
     assert all(body[start:end] == body[start:end].strip() for _, start, end in members(body))
 
 
+@settings(deadline=None)
 @given(OBJECTS, STYLES, st.dictionaries(st.sampled_from(["stream", "n", "new", "messages"]), VALUES, max_size=3))
 def test_a_splice_sets_what_it_names_and_nothing_else(
     value: dict[str, Any], style: dict[str, Any], values: dict[str, Any]

@@ -8,13 +8,13 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import engine_events as engine
 from tests.helpers.exchanges import CHAT, COMPLETIONS, exchange, session
 
 from helexa.core import sse
-from helexa.core.errors import UpstreamError
+from helexa.core.errors import ContextLengthExceeded, UpstreamError
 from helexa.core.relay.contract import Mend
 from helexa.neuron.harness.llama.mends_collect import Collector
 
@@ -107,6 +107,7 @@ CASES: dict[str, tuple[dict[str, Any], str, tuple[str, ...], list[Any]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_any_cut_of_the_bytes_gives_the_same_stream(name: str, data: st.DataObject) -> None:
     body, path, abilities, events = CASES[name]
@@ -261,8 +262,14 @@ def test_an_error_event_passes_in_a_stream_and_ends_a_whole_answer() -> None:
     stream = engine.frames([*STOP_TEXT[:2], {"error": {"code": 500, "message": "Compute error."}}], done=False)
     body = {"messages": MESSAGES, "stop": ["you"]}
     assert through(mend_of(body | {"stream": True}), stream).endswith(b'"message":"Compute error."}}\n\n')
-    with pytest.raises(UpstreamError, match=r"Compute error\."):
+    with pytest.raises(UpstreamError, match=r"smol: .*Compute error\."):
         through(mend_of(body), stream)
+
+
+def test_an_error_event_that_is_the_callers_fault_refuses_a_whole_answer_as_a_status_would() -> None:
+    error = {"code": 400, "message": "too long", "type": "exceed_context_size_error", "n_prompt_tokens": 9, "n_ctx": 8}
+    with pytest.raises(ContextLengthExceeded):
+        through(mend_of({"messages": MESSAGES}), engine.frames([engine.role(), {"error": error}], done=False))
 
 
 def test_a_stream_that_broke_off_is_not_given_as_a_whole_answer_and_gets_no_end() -> None:

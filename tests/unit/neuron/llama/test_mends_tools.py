@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import engine_events as engine
 
@@ -36,6 +36,7 @@ WORDS = st.text('"\\{}[] aé\n', max_size=4)
 ARGUMENTS = st.dictionaries(WORDS, WORDS | st.integers() | st.lists(WORDS, max_size=2) | st.dictionaries(WORDS, WORDS))
 
 
+@settings(deadline=None)
 @given(st.sampled_from(NAMES), ARGUMENTS, st.sampled_from([None, 2]), st.lists(st.integers(0, 60)), st.booleans())
 def test_a_call_is_read_back_however_it_was_written(
     name: str, arguments: dict[str, Any], indent: int | None, at: list[int], must: bool
@@ -53,6 +54,7 @@ def test_a_call_is_read_back_however_it_was_written(
 NO_CALLS = ['{"name": "other", "arguments": {}}', '{"name"', " {", '{"name": "add"}', '{"name": "add", "arguments": 1}']
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40) | st.sampled_from(NO_CALLS))
 def test_text_that_is_no_call_passes_unchanged(text: str) -> None:
     choice = answer(list(text), must=False)

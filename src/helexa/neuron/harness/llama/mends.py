@@ -14,13 +14,13 @@ the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 import msgspec
 
 from helexa.core import sse
-from helexa.core.errors import UpstreamError
+from helexa.core.errors import HelexaError, UpstreamError
 from helexa.neuron.harness.llama.mends_collect import Collector
 
 Chunk = dict[str, Any]
@@ -41,11 +41,18 @@ class Step(Protocol):
 
 
 class AnswerMend:
-    """The Mend of a generated answer. into: collects the answer where the client wanted it in one piece."""
+    """The Mend of a generated answer.
 
-    def __init__(self, steps: Sequence[Step], into: Collector | None = None) -> None:
+    into:    collects the answer where the client wanted it in one piece
+    refuse:  what an error event means then (its data, in our taxonomy); in a stream such an event passes
+    """
+
+    def __init__(
+        self, steps: Sequence[Step], into: Collector | None = None, refuse: Callable[[bytes], HelexaError] | None = None
+    ) -> None:
         self._steps = steps
         self._into = into
+        self._refuse = refuse
         self._reader = sse.EventReader()
         self._done = False
 
@@ -54,7 +61,7 @@ class AnswerMend:
         return b"".join([self._block(block) for piece in pieces for block in self._reader.blocks(piece)])
 
     def finish(self) -> bytes:
-        """Raises UpstreamError where an answer in one piece cannot be given: the stream broke off."""
+        """Raises UpstreamError where the answer in one piece is not whole: the stream broke off."""
         rest = self._block(self._reader.pending) if self._reader.pending.strip() else b""
         if self._into is None:
             return rest
@@ -80,8 +87,8 @@ class AnswerMend:
         if not isinstance(chunk, dict):
             return b""  # the engine opens a stream of several prompts with `data: null`
         if "error" in chunk:
-            if self._into is not None:
-                raise UpstreamError(f"the engine failed: {_message(chunk['error'])}")
+            if self._refuse is not None:
+                raise self._refuse(data)
             return block
         return self._write(self._through(0, [chunk]))
 
@@ -279,7 +286,3 @@ def _ended_choice(chunk: Chunk) -> int | None:
         if choice.get("finish_reason") is not None:
             return int(choice.get("index", 0))
     return None
-
-
-def _message(error: Any) -> str:
-    return str(error.get("message", error)) if isinstance(error, dict) else str(error)

@@ -8,6 +8,7 @@ piece is always asked as a stream and collected by its mend.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -217,11 +218,17 @@ class LlamaSession:
             values["return_progress"] = _TRUE
         return Prepared(
             body=_spliced(exchange.body, asked, values),
-            mend=AnswerMend(steps, None if stream else Collector()) if steps or not stream else None,
+            mend=self._mend(exchange, steps),
             first_event=is_chat and stream,
             content_type=None if stream else _JSON,
             cut_progress=stream and asked.return_progress is not True,
         )
+
+    def _mend(self, exchange: Exchange, steps: list[Step]) -> AnswerMend | None:
+        if exchange.stream:
+            return AnswerMend(steps) if steps else None
+        path = exchange.endpoint.upstream_path
+        return AnswerMend(steps, Collector(), partial(refusals.translate, self._model, path, 500))
 
     # embeddings and rerank
 
