@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -34,6 +35,30 @@ def compiled(source: Path) -> Path:
     if not out.exists() or out.stat().st_mtime < source.stat().st_mtime:
         subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-o", out, source], check=True)
     return out
+
+
+def cpu_ns(pid: int) -> int:
+    """Time on a core of every thread that lives, nanoseconds (/proc/.../schedstat)."""
+    total = 0
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return 0
+    for task in tasks:
+        try:
+            total += int((task / "schedstat").read_text().split()[0])
+        except OSError:
+            continue
+    return total
+
+
+def memory_mb(pid: int, kind: str = "Pss") -> float:
+    """kind: Pss, where memory that is shared with others is counted in shares, or Rss, where it is counted whole."""
+    try:
+        rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(r.split()[1]) for r in rows if r.startswith(f"{kind}:")) / 1024
 
 
 class Tree:
@@ -62,26 +87,10 @@ class Tree:
             return []
 
     def cpu_ns(self) -> int:
-        """Time on a core of every thread that lives, nanoseconds (/proc/.../schedstat)."""
-        total = 0
-        for pid in self.members():
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                try:
-                    total += int((task / "schedstat").read_text().split()[0])
-                except OSError:
-                    continue
-        return total
+        return sum(cpu_ns(pid) for pid in self.members())
 
     def pss_mb(self) -> float:
-        """Proportional set size: memory shared with others is counted in shares."""
-        total = 0
-        for pid in self.members():
-            try:
-                rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            except OSError:
-                continue
-            total += sum(int(r.split()[1]) for r in rows if r.startswith("Pss:"))
-        return total / 1024
+        return sum(memory_mb(pid) for pid in self.members())
 
     def freeze(self) -> None:
         self._signal(signal.SIGSTOP)
@@ -104,6 +113,21 @@ class Tree:
         for process in alive:
             process.kill()
         self.process.wait()
+
+
+def cores_in(text: str) -> set[int]:
+    """taskset's notation: "0,2-3"."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
+def pin(pid: int, cores: str) -> None:
+    """A process that runs already, all its threads; those that it will make inherit it."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(task.name), cores_in(cores))
 
 
 @contextmanager
@@ -152,14 +176,14 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{middle:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], out: object = None) -> None:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], out: TextIO | None = None) -> None:
     """A Markdown table, columns aligned."""
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
     stream = out if out is not None else sys.stdout
     for n, row in enumerate([head, *rows]):
-        print("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |", file=stream)  # type: ignore[call-overload]
+        print("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |", file=stream)
         if n == 0:
-            print("|" + "|".join("-" * (w + 2) for w in widths) + "|", file=stream)  # type: ignore[call-overload]
+            print("|" + "|".join("-" * (w + 2) for w in widths) + "|", file=stream)
 
 
 def need(program: str, package: str) -> str:
