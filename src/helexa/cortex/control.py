@@ -63,8 +63,11 @@ _order = msgspec.json.Decoder(Order)
 
 
 class ControlPlane:
-    """metrics: the exposition text, for /metrics on this port; None where only the metrics port has it.
-    warnings: sentences that `cortex status` repeats. relayed: paths whose POSTs the relay takes. shutdown: set when the drain begins."""
+    """metrics:  the exposition text, for /metrics on this port; None where only the metrics port has it
+    warnings: sentences that `cortex status` repeats
+    relayed:  paths whose POSTs the relay takes
+    shutdown: set when the drain begins
+    """
 
     def __init__(
         self,

@@ -82,7 +82,7 @@ def choose(model: str | None) -> Choice:
     path = Path(model).expanduser()
     if path.is_file():
         return Choice(_id_of(path), str(path.absolute()))
-    if path.is_dir():
+    if model and path.is_dir():
         return _folder(path.absolute())
     if _REFERENCE.fullmatch(model) and not model.startswith((".", "/")):
         return Choice(model, model)
