@@ -8,7 +8,10 @@ long as the daemon: the kernel ends a host with the thread that spawned it.
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -95,6 +98,8 @@ class ThreadHost:
         engine, self._engine = self._engine, None
         if engine is not None:
             await _in_thread(engine.close, f"close {self.model_id}")
+            del engine
+            await asyncio.to_thread(give_back_freed)
         self.socket.unlink(missing_ok=True)
         self._memory = None
 
@@ -170,6 +175,13 @@ class Hosts:
             _log.warning("no spare host", reason=str(err))
             return
         self._spare = spare
+
+
+def give_back_freed() -> None:
+    """This process's freed memory to the system: glibc keeps it otherwise."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _in_thread(work: Callable[[], Any], name: str) -> asyncio.Future[Any]:

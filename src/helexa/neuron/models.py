@@ -7,11 +7,8 @@ background. All calls come from the daemon's loop, and none blocks it.
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import gc
 import os
 import platform
-import sys
 from collections.abc import Awaitable, Callable, Mapping
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Final
@@ -39,7 +36,7 @@ from helexa.neuron.devices import Devices
 from helexa.neuron.discovery import Probe
 from helexa.neuron.harness import reference
 from helexa.neuron.harness.base import Harness
-from helexa.neuron.hosts import Hosts
+from helexa.neuron.hosts import Hosts, give_back_freed
 from helexa.neuron.listing import info_of, stored_info
 from helexa.neuron.planner import Planner
 from helexa.neuron.resident import BUSY, Counts, House, Resident
@@ -220,7 +217,7 @@ class Models:
         await self._devices.refresh()
         before = msgspec.to_builtins(self._devices.health())
         await self._hosts.renew_spare()
-        await asyncio.to_thread(_trim)
+        await asyncio.to_thread(give_back_freed)
         await self._devices.refresh()
         return {"before": before, "after": msgspec.to_builtins(self._devices.health())}
 
@@ -345,10 +342,3 @@ class Models:
 
 def _paths_of(files: Any) -> list[Any]:
     return [path for path in (*files.files, files.projector, files.draft, *files.lora) if path is not None]
-
-
-def _trim() -> None:
-    """Freed memory back to the system: glibc keeps it otherwise."""
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)

@@ -14,6 +14,7 @@ from tests.helpers.scripted import Gate, Script, loads_of, write_model
 from helexa.core.errors import (
     BadRequest,
     Conflict,
+    HelexaError,
     LoadFailed,
     ModelLoading,
     ModelNotFound,
@@ -291,5 +292,17 @@ def test_an_estimate_loads_nothing_and_leaves_its_own_model_out_of_account(tmp_p
             assert (await n.models.estimate(n.request("a"))).fits
             with pytest.raises(ModelNotFound):
                 await n.models.estimate(LoadRequest(model_id="owner/unknown"))
+
+    run(main())
+
+
+def test_what_the_hub_would_refuse_is_told_at_once_and_leaves_no_failed_model(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path) as n:
+            wanted = LoadRequest(model_id="owner/repo", source="owner/repo")
+            with pytest.raises(HelexaError, match="owner/repo"):
+                await n.models.load(wanted, wait=False, local_caller=True)
+            assert n.models.listing() == []
+            assert not n.states("owner/repo") or n.states("owner/repo") == ["unloaded"]
 
     run(main())
