@@ -110,9 +110,6 @@ class ControlPlane:
         self._app.router.redirect_slashes = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         try:
             self._admit(scope)
         except HelexaError as error:
@@ -230,7 +227,7 @@ class ControlPlane:
         """The load request of this body, its paths checked against what this caller may name."""
         wanted = await _read(request, _load_request)
         _need_id(wanted.id, wanted.model_id, wanted.model)
-        for fault in profile.faults(wanted, ()):
+        for fault in (*profile.id_faults(wanted.id, ("model_id",)), *profile.faults(wanted, ())):
             param = str(fault.key[0])
             raise BadRequest(f"{param} {fault.reason}", param=param)
         self._ready.store.check_request_allowed(wanted, local_caller=_is_local(request))

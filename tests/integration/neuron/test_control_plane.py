@@ -105,6 +105,7 @@ def test_a_wrong_path_names_the_nearest(daemon: Daemon) -> None:
         ("/models/load", {"model_id": "a", "contxt": 5}, "contxt"),
         ("/models/load", {"model_id": 7}, "model_id"),
         ("/models/load", {"context": 5}, "model_id"),
+        ("/models/load", {"model_id": "a\r\nb"}, "model_id"),
         ("/models/load", {"model_id": "a", "model": "b"}, "model"),
         ("/models/load", {"model_id": "a", "devices": [0, 0]}, "devices"),
         ("/models/load", {"model_id": "a", "lora": ["x", 3]}, "lora[1]"),
