@@ -190,6 +190,17 @@ def test_a_forced_call_is_a_call_that_fits_its_schema(model: Model, choice: Any)
             assert (choice, call["function"]["name"], arguments) == ("required", "now", {})
 
 
+def test_beside_a_schema_a_model_answers_by_it_or_calls(model: Model) -> None:
+    schema = {"type": "object", "properties": {"sum": {"const": 3}}, "required": ["sum"], "additionalProperties": False}
+    wanted = {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}}
+    body = {"messages": USER, "tools": [ADD], "response_format": wanted, "max_tokens": 80}
+    for answer in (model.whole(body), collected(model.streamed(body))):
+        if answer["choices"][0]["finish_reason"] == "tool_calls":
+            assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "add"
+        else:
+            assert json.loads(content(answer)) == {"sum": 3}
+
+
 def test_the_templates_own_calls_pass_with_their_results(tooled: Model) -> None:
     begun = {"role": "assistant", "content": '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool'}
     answer = tooled.whole({"messages": [*USER, begun], "tools": [ADD]})

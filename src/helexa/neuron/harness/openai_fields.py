@@ -122,6 +122,23 @@ class Generation(msgspec.Struct):
         return isinstance(self.stream_options, StreamOptions) and self.stream_options.include_usage is True
 
     @property
+    def wants_json(self) -> bool:
+        """The answer is bound to be JSON."""
+        return self.json_schema is not None or (
+            self.response_format is not None and self.response_format.type != "text"
+        )
+
+    @property
+    def wanted_schema(self) -> dict[str, Any] | bool | None:
+        """The schema that the answer is bound to; None also where any JSON object will do."""
+        wanted = self.response_format
+        if wanted is not None and wanted.type == "json_schema" and wanted.json_schema is not None:
+            return wanted.json_schema.schema
+        if wanted is not None and wanted.type == "json_object" and wanted.schema is not None:
+            return wanted.schema
+        return self.json_schema
+
+    @property
     def stops(self) -> Sequence[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or ()
 
@@ -345,12 +362,8 @@ def _check_generation(asked: Generation, max_choices: int) -> None:
                 raise _bad(f"logit_bias.{token}", f"must be {-_BIAS:g} to {_BIAS:g}, not {bias:g}")
     if asked.response_format is not None:
         _check_response_format(asked.response_format)
-    if asked.grammar and (asked.json_schema is not None or is_constrained(asked.response_format)):
+    if asked.grammar and asked.wants_json:
         raise _bad("grammar", "and a JSON schema exclude each other; send one")
-
-
-def is_constrained(response_format: ResponseFormat | None) -> bool:
-    return response_format is not None and response_format.type != "text"
 
 
 def _check_response_format(asked: ResponseFormat) -> None:

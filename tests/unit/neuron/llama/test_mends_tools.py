@@ -14,7 +14,7 @@ from tests.helpers import engine_events as engine
 
 from helexa.neuron.harness.llama.mends import AnswerMend
 from helexa.neuron.harness.llama.mends_collect import Collector
-from helexa.neuron.harness.llama.mends_tools import WrittenCalls, forced_schema
+from helexa.neuron.harness.llama.mends_tools import WrittenCalls, call_schema
 
 NAMES = ("add", "add_all", "get.weather")
 
@@ -123,7 +123,7 @@ def test_the_engines_own_tool_calls_pass() -> None:
 
 @pytest.mark.parametrize("parameters", [None, {}])
 def test_a_function_without_parameters_is_called_with_an_empty_object(parameters: Any) -> None:
-    schema = forced_schema([("now", parameters)])
+    schema = call_schema([("now", parameters)])
     assert schema["$defs"]["f0"] == {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -133,6 +133,6 @@ def test_references_inside_parameters_move_with_them() -> None:
         "type": "object",
         "properties": {"p": {"anyOf": [{"$ref": "#/$defs/P"}, {"type": "null"}]}},
     }
-    moved = forced_schema([("a", None), ("b", parameters)])["$defs"]["f1"]
+    moved = call_schema([("a", None), ("b", parameters)])["$defs"]["f1"]
     assert moved["properties"]["p"]["anyOf"][0] == {"$ref": "#/$defs/f1/$defs/P"}
     assert moved["$defs"]["P"]["properties"] == {"next": {"$ref": "#/$defs/f1/$defs/P"}, "all": {"$ref": "#/$defs/f1"}}

@@ -160,6 +160,36 @@ def test_a_named_call_allows_that_function_only() -> None:
     assert [call["properties"]["name"]["const"] for call in schema["anyOf"]] == ["add", "other"]
 
 
+WANTED = {"type": "json_schema", "json_schema": {"schema": {"$ref": "#/$defs/A", "$defs": {"A": {"type": "object"}}}}}
+
+
+@pytest.mark.parametrize("more", [{"response_format": WANTED}, {"json_schema": WANTED["json_schema"]["schema"]}])
+def test_a_schema_beside_tools_allows_either(more: dict[str, Any]) -> None:
+    prepared = TOOLED.prepare(exchange({"messages": MESSAGES, "tools": [ADD], "stream": True} | more))
+    asked = sent(prepared)
+    call, answer = asked["response_format"]["json_schema"]["schema"]["anyOf"]
+    assert call["properties"]["name"] == {"const": "add"}
+    assert answer == {"$ref": "#/$defs/answer"}
+    assert asked["response_format"]["json_schema"]["schema"]["$defs"]["answer"]["$ref"] == "#/$defs/answer/$defs/A"
+    assert asked.get("json_schema") is None
+    assert prepared.mend is not None
+
+
+def test_a_schema_beside_tools_that_may_not_be_called_stays_alone() -> None:
+    body = {"messages": MESSAGES, "tools": [ADD], "tool_choice": "none", "response_format": WANTED, "stream": True}
+    prepared = TOOLED.prepare(exchange(body))
+    assert prepared.mend is None
+    assert sent(prepared)["response_format"] == WANTED
+
+
+@pytest.mark.parametrize("abilities", [("chat",), ("chat", "tools")])
+def test_a_grammar_leaves_no_room_for_a_forced_call(abilities: tuple[str, ...]) -> None:
+    body = {"messages": MESSAGES, "tools": [ADD], "tool_choice": "required", "grammar": "root ::= x"}
+    with pytest.raises(BadRequest) as refused:
+        session(abilities=abilities).prepare(exchange(body))
+    assert refused.value.param == "grammar"
+
+
 def test_a_template_that_knows_tools_gets_them_untouched() -> None:
     prepared = TOOLED.prepare(exchange({"messages": MESSAGES, "tools": [ADD], "stream": True}))
     assert prepared.mend is None

@@ -1,8 +1,8 @@
 """Tool calls that the model wrote as plain JSON, told as `tool_calls`. Pure.
 
-Where a call is forced, a JSON schema makes the model write `{"name": ..., "arguments": {...}}` and nothing else; where
-the chat template cannot show tools, tools_as_text describes them and the model may write the same. Arguments stream
-as they come: they are JSON text on the wire as well.
+Where a call is forced, a JSON schema makes the model write `{"name": ..., "arguments": {...}}` and nothing else; beside
+a response format it may; where the chat template cannot show tools, tools_as_text describes them and the model may
+write the same. Arguments stream as they come: they are JSON text on the wire as well.
 """
 
 from __future__ import annotations
@@ -113,13 +113,15 @@ class _Written:
         return text
 
 
-def forced_schema(functions: Sequence[tuple[str, dict[str, Any] | None]]) -> dict[str, Any]:
-    """The JSON schema of a call of one of these functions (name, parameters).
+def call_schema(
+    functions: Sequence[tuple[str, dict[str, Any] | None]], answer: dict[str, Any] | bool | None = None
+) -> dict[str, Any]:
+    """The JSON schema of a call of one of these functions (name, parameters), or of an `answer` instead.
 
-    Each function's parameters stand under `$defs`, its own references moved with them: they are written as from the
-    root of a schema.
+    Parameters and answer stand under `$defs`, their own references moved with them: they are written as from the root
+    of a schema.
     """
-    calls = [
+    either: list[dict[str, Any]] = [
         {
             "type": "object",
             "properties": {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/f{i}"}},
@@ -129,7 +131,10 @@ def forced_schema(functions: Sequence[tuple[str, dict[str, Any] | None]]) -> dic
         for i, (name, _) in enumerate(functions)
     ]
     defs = {f"f{i}": _moved(_object(parameters), f"#/$defs/f{i}") for i, (_, parameters) in enumerate(functions)}
-    return {"$defs": defs, **(calls[0] if len(calls) == 1 else {"anyOf": calls})}
+    if answer is not None:
+        either.append({"$ref": "#/$defs/answer"})
+        defs["answer"] = _moved(answer, "#/$defs/answer")
+    return {"$defs": defs, **(either[0] if len(either) == 1 else {"anyOf": either})}
 
 
 def _object(parameters: dict[str, Any] | None) -> dict[str, Any]:

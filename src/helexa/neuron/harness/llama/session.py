@@ -22,7 +22,7 @@ from helexa.neuron.harness.llama import refusals
 from helexa.neuron.harness.llama.mends import AnswerMend, Reasoning, RerankMend, Step, Stops, TopLogprobs, Usages
 from helexa.neuron.harness.llama.mends_collect import Collector
 from helexa.neuron.harness.llama.mends_logprobs import CompletionLogprobs
-from helexa.neuron.harness.llama.mends_tools import WrittenCalls, forced_schema
+from helexa.neuron.harness.llama.mends_tools import WrittenCalls, call_schema
 from helexa.neuron.harness.llama.tools_as_text import messages_with_tools, needs_text
 from helexa.neuron.harness.splice import members, prepend, splice
 
@@ -126,7 +126,7 @@ class LlamaSession:
         values: dict[str, bytes] = {}
         steps: list[Step] = []
         as_text = "tools" not in self._abilities and needs_text(asked)
-        if as_text or asked.forced_tool:
+        if as_text or asked.forced_tool or (asked.tools and asked.wants_json):
             values, steps = self._tools(exchange.body, asked, as_text=as_text)
         if asked.logprobs and not asked.top_logprobs:
             values["top_logprobs"] = b"1"  # with 0 the engine gives no log-probabilities at all, without it 20 each
@@ -134,26 +134,31 @@ class LlamaSession:
         return self._mended(exchange, asked, values, steps, prompts=1)
 
     def _tools(self, body: bytes, asked: fields.ChatRequest, *, as_text: bool) -> tuple[dict[str, bytes], list[Step]]:
-        """What changes in the body, and the step that reads the calls back."""
-        values: dict[str, bytes] = {}
+        """What changes in the body, and the step that reads the calls back.
+
+        1. History is told as text where the template knows no tools. 2. No call may be made: nothing more. 3. A call
+        is forced: a response format binds the model to it, which the engine itself does not. 4. A call or an answer by
+        a schema: one response format for both, because the engine would let the schema alone. 5. A call or text.
+        """
+        values = self._tools_told(body, asked) if as_text else {}  # 1
         functions = [tool.function for tool in asked.tools or () if tool.function is not None]
-        if as_text:
-            values |= self._tools_told(body, asked)
-        if asked.forced_tool:
-            # The engine takes the template's own grammar for a call only when the model begins one; a response
-            # format binds it from the first token, and leaves the tools in the prompt.
-            if asked.grammar:
-                raise BadRequest("`grammar` and a forced `tool_choice` exclude each other.", param="grammar")
-            named = fields.called_function(asked)
-            schema = forced_schema([(f.name, f.parameters) for f in functions if named is None or f.name == named])
-            wanted = {"type": "json_schema", "json_schema": {"name": "call", "schema": schema}}
-            values |= {"response_format": _encode(wanted), "tool_choice": b'"none"'}
-            if asked.json_schema is not None:
-                values["json_schema"] = _NULL
-            return values, [WrittenCalls([f.name for f in functions], must=True)]
-        if asked.tool_choice == "none" or not functions:
+        if not functions or asked.tool_choice == "none":  # 2
             return values, []
-        return values, [WrittenCalls([f.name for f in functions], must=False)]
+        if asked.grammar:
+            raise BadRequest("`grammar` and `tools` exclude each other; send one.", param="grammar")
+        calls = [(f.name, f.parameters) for f in functions]
+        if asked.forced_tool:  # 3
+            named = fields.called_function(asked)
+            schema = call_schema([call for call in calls if named is None or call[0] == named])
+        elif asked.wanted_schema is not None:  # 4
+            schema = call_schema(calls, asked.wanted_schema)
+        else:  # 5; any JSON object (type json_object) leaves room for a call as it is
+            return values, [WrittenCalls([f.name for f in functions], must=False)]
+        wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        values |= {"response_format": _encode(wanted), "tool_choice": b'"none"'}
+        if asked.json_schema is not None:
+            values["json_schema"] = _NULL
+        return values, [WrittenCalls([f.name for f in functions], must=asked.forced_tool)]
 
     def _tools_told(self, body: bytes, asked: fields.ChatRequest) -> dict[str, bytes]:
         raw = b"[]"
@@ -182,10 +187,9 @@ class LlamaSession:
             if asked.logprobs == 0:
                 values["logprobs"] = b"1"  # with 0 the engine gives none
             steps.append(CompletionLogprobs(asked.logprobs))
-        if fields.is_constrained(asked.response_format) and asked.response_format is not None:
+        if asked.response_format is not None and asked.wants_json:
             # The engine reads it for chat only; `json_schema` means the same here.
-            wanted = asked.response_format
-            schema = wanted.json_schema.schema if wanted.json_schema is not None else wanted.schema
+            schema = asked.wanted_schema
             values["json_schema"] = _encode(schema if schema is not None else {"type": "object"})
         prompts = len(asked.prompt) if isinstance(asked.prompt, list) and type(asked.prompt[0]) is not int else 1
         return self._mended(exchange, asked, values, steps, prompts=prompts)
