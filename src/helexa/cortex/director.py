@@ -50,12 +50,11 @@ _DOES: Final = {"chat": "chats", "completion": "completes text", "embed": "makes
 _ENSURE_ATTEMPTS: Final = 3  # a load that is evicted before its waiter gets to it, three times over: give up
 
 
-@dataclass(slots=True)
-class NodeRoute(Route):
+class NodeRoute(Route, kw_only=True, eq=False):
     """A Route that remembers what `released` has to give back."""
 
-    replica: Replica = field(kw_only=True)
-    series: Series = field(kw_only=True)
+    replica: Replica
+    series: Series
 
 
 @dataclass(slots=True)
@@ -67,6 +66,7 @@ class Pursuit:
     node: Node | None = None
     broken: list[str] = field(default_factory=list)  # nodes that failed it, as against those that asked to wait
     last_error: HelexaError | None = None
+    passed_on: HelexaError | None = None  # a node's refusal that the client got as it was
 
 
 class Target:
@@ -148,6 +148,7 @@ class CortexDirector:
                 message=message or body[:500].decode("utf-8", "replace"),
             )  # fmt: skip
         if error is None:
+            pursuit.passed_on = refusals.NodeSaid(code, message or f"{node} answered {status}")
             return None
         pursuit.last_error = error
         if isinstance(error, ModelLoading | ModelUnloading):
@@ -157,6 +158,7 @@ class CortexDirector:
         elif isinstance(error, Overloaded | ShuttingDown):
             others = choose(pursuit.model.replicas, [*exchange.tried, node], self._rng)
             if others is None:
+                pursuit.passed_on = refusals.NodeSaid(code, error.message)
                 return None  # nobody else to ask: the node's own words, its retry-after included
         return error
 
@@ -185,6 +187,8 @@ class CortexDirector:
             series = pursuit.series or self._metrics.series(pursuit.model.id, "")
             if pursuit.node is not None and exchange.t_first_byte and exchange.error is None:
                 self._fleet.request_succeeded(pursuit.node)
+            if pursuit.passed_on is not None and not exchange.client_gone:
+                exchange.error = pursuit.passed_on
         self._metrics.record(exchange, series)
         self._log_request(exchange)
 

@@ -30,6 +30,14 @@ _TRANSIENT: Final[dict[str, type[Transient]]] = {
 _ENVELOPE: Final = frozenset({"message", "type", "param", "code"})
 
 
+class NodeSaid(HelexaError):
+    """A node's own refusal that the client got as it was; for the request's line in the log."""
+
+    def __init__(self, code: str | None, message: str) -> None:
+        super().__init__(message)
+        self.code = code or "upstream_error"  # type: ignore[misc]
+
+
 class _Inner(msgspec.Struct):
     message: str = ""
     code: str | int | None = None

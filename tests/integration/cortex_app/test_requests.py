@@ -155,7 +155,8 @@ def test_a_nodes_own_refusal_reaches_the_client_byte_for_byte(tmp_path: Path) ->
             answer = await gateway.chat("m")
             assert answer.status == 400
             assert msgspec.json.decode(answer.body) == {"error": {"type": "server_error", "param": None, **said}}
-            assert (await gateway.line(status=400))["node"] == "n0"
+            line = await gateway.line(status=400)
+            assert (line["node"], line["error"], line["message"]) == ("n0", said["code"], said["message"])
 
     run(scenario())
 
