@@ -420,7 +420,11 @@ class Resident:
         """The process is gone, its memory is back."""
         self._last_used = max(self._last_used, serving.seats.last_used)
         self.serving = None
-        serving.upstream.close()
+        serving.upstream.abort()
+        # An engine in this process waits, with the interpreter in its hands, for its server's threads, and those for
+        # their clients: a connection of ours that this loop had still to close would never be closed.
+        while serving.upstream.open_connections:
+            await asyncio.sleep(0)
         placed = self.placed
         assert placed is not None
         before = self._house.devices.says_mb()
