@@ -1,12 +1,8 @@
 """The host process: one engine, one model, one Unix socket. Started by the daemon, never by hand.
 
-Orders come as JSON lines on stdin, events go as JSON lines on what was stdout at the start; file descriptor 1 is
-moved away first, so that no library's print can break a frame. Whatever else is printed goes to stderr, the daemon's
-log. The process is warm (harness and engine imported) before it says ready.
-
-    -> {"op":"load","harness":"llama","spec":{...}}   <- {"event":"progress","fraction":0.4}
-                                                      <- {"event":"loaded"} | {"event":"failed","error":"..."}
-    -> {"op":"quit"}                                  (exit code 0)
+Orders come as JSON lines on stdin, events go as JSON lines on what was stdout at the start (host_messages.py); file
+descriptor 1 is moved away first, so that no library's print can break a frame. Whatever else is printed goes to
+stderr, the daemon's log. The process is warm (harness and engine imported) before it says ready.
 
 It outlives nobody: the kernel kills it when the daemon dies (also while a load holds the interpreter), and where the
 kernel cannot, the end of stdin does.
@@ -16,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import queue
 import signal
@@ -24,7 +19,9 @@ import sys
 import threading
 from typing import IO, Any, Final
 
+from helexa.neuron import host_messages
 from helexa.neuron.harness import open_harness
+from helexa.neuron.host_messages import Event, Failed, Load, Loaded, Order, Progress, Quit, Ready
 
 PR_SET_PDEATHSIG: Final = 1
 OOM_SCORE: Final = "500"  # when memory runs out, a model goes before the daemon does
@@ -35,17 +32,17 @@ class Orders:
     """stdin, read by a thread of its own, so that its end is noticed whatever the main thread does."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self._queue: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Order] = queue.SimpleQueue()
         threading.Thread(target=self._read, args=(stream,), name="orders", daemon=True).start()
 
-    def next(self) -> dict[str, Any]:
+    def next(self) -> Order:
         return self._queue.get()
 
     def _read(self, stream: IO[bytes]) -> None:
         quitting = False
         for line in stream:
-            order = json.loads(line)
-            quitting = quitting or order["op"] == "quit"
+            order = host_messages.orders.decode(line)
+            quitting = quitting or isinstance(order, Quit)
             self._queue.put(order)
         if not quitting:
             os._exit(0)  # the daemon is gone; the engine has nobody left to serve
@@ -57,9 +54,9 @@ class Events:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
-    def send(self, event: str, **fields: Any) -> None:
+    def send(self, event: Event) -> None:
         try:
-            os.write(self._fd, json.dumps({"event": event, **fields}).encode() + b"\n")
+            os.write(self._fd, host_messages.line(event))
         except OSError:
             os._exit(0)
 
@@ -82,21 +79,21 @@ def main(argv: list[str] | None = None) -> int:
         harness = open_harness(args.harness)
         harness.warm()
     except Exception as err:
-        events.send("failed", error=_reason(err))
+        events.send(Failed(_reason(err)))
         return 1
-    events.send("ready")
+    events.send(Ready())
 
     engine: Any = None
     opened = args.harness
-    while (order := orders.next())["op"] != "quit":
+    while isinstance(order := orders.next(), Load):
         try:
-            if order["harness"] != opened:
-                harness, opened = open_harness(order["harness"]), order["harness"]
-            engine = harness.serve(order["spec"], lambda fraction: events.send("progress", fraction=round(fraction, 4)))
+            if order.harness != opened:
+                harness, opened = open_harness(order.harness), order.harness
+            engine = harness.serve(order.spec, lambda fraction: events.send(Progress(fraction)))
         except Exception as err:
-            events.send("failed", error=_reason(err))
+            events.send(Failed(_reason(err)))
             return 1
-        events.send("loaded")
+        events.send(Loaded())
     if engine is not None:
         engine.close()
     return 0

@@ -5,7 +5,6 @@ line by line with the model's id, and its end, with the reason.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
 import time
@@ -15,8 +14,11 @@ from pathlib import Path
 from signal import Signals
 from typing import Any, Final, cast
 
+import msgspec
+
 from helexa.core import logs
-from helexa.neuron import vitals
+from helexa.neuron import host_messages, vitals
+from helexa.neuron.host_messages import Failed, Load, Loaded, Order, Progress, Quit, Ready
 from helexa.neuron.load_watch import IDLE_CPU, LOOK_S, LoadWatch
 
 _log = logs.get("neuron.hosts")
@@ -92,7 +94,7 @@ class ProcessHost(asyncio.SubprocessProtocol):
         pid = self.pid
         assert pid is not None
         watch = LoadWatch(pid, size_bytes)
-        self._order(op="load", harness=harness, spec=spec)
+        self._order(Load(harness, spec))
         while True:
             done, _ = await asyncio.wait({self._loaded}, timeout=LOOK_S)
             if done:
@@ -107,7 +109,7 @@ class ProcessHost(asyncio.SubprocessProtocol):
     async def close(self, within_s: float = QUIT_S) -> None:
         self._closing = True
         if self.is_alive and within_s > 0:
-            self._order(op="quit")
+            self._order(Quit())
             try:
                 async with asyncio.timeout(within_s):
                     await self._gone.wait()
@@ -171,19 +173,19 @@ class ProcessHost(asyncio.SubprocessProtocol):
 
     def _event(self, line: bytes) -> None:
         try:
-            event = json.loads(line)
-            kind = event["event"]
-        except (ValueError, KeyError, TypeError):
+            event = host_messages.events.decode(line)
+        except msgspec.DecodeError:
             _log.error("a host sent what is no event", model=self.model_id, pid=self.pid, line=repr(line[:200]))
             return
-        if kind == "ready":
-            _settle(self._ready)
-        elif kind == "progress":
-            self._told = event["fraction"]
-        elif kind == "loaded":
-            _settle(self._loaded)
-        elif kind == "failed":
-            self._failure = event["error"]
+        match event:
+            case Ready():
+                _settle(self._ready)
+            case Progress(fraction):
+                self._told = fraction
+            case Loaded():
+                _settle(self._loaded)
+            case Failed(error):
+                self._failure = error
 
     def _end(self) -> None:
         if self._gone.is_set():
@@ -208,10 +210,10 @@ class ProcessHost(asyncio.SubprocessProtocol):
         words = f"; its last lines: {' | '.join(self.tail)}" if self.tail else ""
         return f"the host process ended ({how}){words}"
 
-    def _order(self, **order: Any) -> None:
+    def _order(self, order: Order) -> None:
         stdin = cast("asyncio.WriteTransport", self._transport.get_pipe_transport(0))
         if not stdin.is_closing():
-            stdin.write(json.dumps(order).encode() + b"\n")
+            stdin.write(host_messages.line(order))
 
     def _kill(self) -> None:
         try:

@@ -39,6 +39,7 @@ _log = logs.get("neuron.models")
 
 GIVE_UP: Final = 5  # deaths, or loads that failed, in a row
 STABLE_S: Final = 60.0  # a host that lived so long starts a new row
+CLOSING_TURNS: Final = 100  # of the loop; an aborted connection needs one or two
 WORTH_TELLING: Final = 0.02  # of a model's memory
 PREFLIGHT_S: Final = 2.0  # what the Hub gets to refuse before a download counts as begun
 ETA_FROM: Final = 0.1  # of a load: before that its pace says nothing
@@ -423,7 +424,9 @@ class Resident:
         serving.upstream.abort()
         # An engine in this process waits, with the interpreter in its hands, for its server's threads, and those for
         # their clients: a connection of ours that this loop had still to close would never be closed.
-        while serving.upstream.open_connections:
+        for _ in range(CLOSING_TURNS):
+            if not serving.upstream.open_connections:
+                break
             await asyncio.sleep(0)
         placed = self.placed
         assert placed is not None
