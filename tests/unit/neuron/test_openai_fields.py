@@ -15,7 +15,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
 
 
 def chat(body: dict[str, Any]) -> fields.ChatRequest:
-    return fields.read_chat(json.dumps({"messages": [USER]} | body).encode(), max_choices=4)
+    return fields.read_chat(json.dumps({"messages": [USER]} | body).encode(), max_choices=4, context=2048)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,10 @@ def chat(body: dict[str, Any]) -> fields.ChatRequest:
         ({"function_call": "auto"}, "function_call"),
         ({"web_search_options": {}}, "web_search_options"),
         ({"store": True}, "store"),
+        ({"repeat_last_n": 2049}, "repeat_last_n"),
+        ({"dry_penalty_last_n": 2**31 - 1}, "dry_penalty_last_n"),
+        ({"n_probs": 100}, "n_probs"),
+        ({"n_cmpl": 2}, "n_cmpl"),
     ],
 )
 def test_a_wrong_chat_field_is_named(body: dict[str, Any], param: str) -> None:
@@ -120,10 +124,10 @@ def test_what_clients_rightly_send_is_taken(body: dict[str, Any]) -> None:
     chat(body)
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"messages":[{"role":"\xff"}]}', b'"x"'])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"messages":[{"role":"\xff"}]}', b'"x"', b"[" * 100_000])
 def test_what_is_no_json_object_is_refused(body: bytes) -> None:
     with pytest.raises(BadRequest):
-        fields.read_chat(body, max_choices=1)
+        fields.read_chat(body, max_choices=1, context=2048)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +138,9 @@ def test_what_is_no_json_object_is_refused(body: bytes) -> None:
         ({"prompt": ["a", 1]}, "prompt[0]"),
         ({"prompt": [[1], []]}, "prompt[1]"),
         ({"prompt": [{"a": 1}]}, "prompt[0]"),
+        ({"prompt": [1, 2**40]}, "prompt"),
+        ({"prompt": [[1], [-1]]}, "prompt[1]"),
+        ({"prompt": [True]}, "prompt[0]"),
         ({"prompt": ["a"] * 2049}, "prompt"),
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
         ({"prompt": "a", "logprobs": True}, "logprobs"),
@@ -145,7 +152,7 @@ def test_what_is_no_json_object_is_refused(body: bytes) -> None:
 )
 def test_a_wrong_completion_field_is_named(body: dict[str, Any], param: str) -> None:
     with pytest.raises(BadRequest) as refused:
-        fields.read_completion(json.dumps(body).encode(), max_choices=4)
+        fields.read_completion(json.dumps(body).encode(), max_choices=4, context=2048)
     assert refused.value.param == param
 
 

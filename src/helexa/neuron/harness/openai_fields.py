@@ -116,6 +116,11 @@ class Generation(msgspec.Struct):
     response_format: ResponseFormat | None = None
     user: str | None = None
     timings_per_token: bool | None = None
+    # Samplers of llama.cpp that could take a node down, or go round our own checks.
+    repeat_last_n: int | None = None
+    dry_penalty_last_n: int | None = None
+    n_probs: int | None = None
+    n_cmpl: int | None = None
 
     @property
     def wants_usage(self) -> bool:
@@ -196,7 +201,7 @@ _embedding = msgspec.json.Decoder(EmbeddingRequest)
 _rerank = msgspec.json.Decoder(RerankRequest)
 
 
-def read_chat(body: bytes, *, max_choices: int) -> ChatRequest:
+def read_chat(body: bytes, *, max_choices: int, context: int) -> ChatRequest:
     """HOT. The fields of a chat request, judged. Raises BadRequest with `param`. Modalities and tools against the
     model's abilities are the caller's to judge."""
     chat = decode(_chat, body)
@@ -209,7 +214,7 @@ def read_chat(body: bytes, *, max_choices: int) -> ChatRequest:
             raise _bad(f"messages[{i}].role", "is required")
         if message.tool_calls:
             _check_tool_calls(message.tool_calls, i)
-    _check_generation(chat, max_choices)
+    _check_generation(chat, max_choices, context)
     _check_limit("max_completion_tokens", chat.max_completion_tokens)
     if chat.top_logprobs is not None:
         if not chat.logprobs:
@@ -232,14 +237,14 @@ def read_chat(body: bytes, *, max_choices: int) -> ChatRequest:
     return chat
 
 
-def read_completion(body: bytes, *, max_choices: int) -> CompletionRequest:
+def read_completion(body: bytes, *, max_choices: int, context: int) -> CompletionRequest:
     """HOT. The fields of a completion request, judged. Raises BadRequest with `param`."""
     asked = decode(_completion, body)
     if asked.prompt is None or asked.prompt == []:
         raise _bad("prompt", "is required: a text, a list of tokens, or a list of either")
     if isinstance(asked.prompt, list):
         _check_texts_or_tokens("prompt", asked.prompt)
-    _check_generation(asked, max_choices)
+    _check_generation(asked, max_choices, context)
     _check_limit("max_completion_tokens", asked.max_completion_tokens)
     if asked.logprobs is not None:
         _check_range("logprobs", asked.logprobs, 0, MAX_TOP_LOGPROBS)
@@ -338,7 +343,7 @@ def _check_tool_calls(calls: Sequence[ToolCall], i: int) -> None:
             raise _bad(f"messages[{i}].tool_calls[{j}].function.name", "is required")
 
 
-def _check_generation(asked: Generation, max_choices: int) -> None:
+def _check_generation(asked: Generation, max_choices: int, context: int) -> None:
     """HOT: nearly all of it is None."""
     if asked.n is not None and not 1 <= asked.n <= max_choices:
         raise _bad("n", f"must be 1 to {max_choices} (one for each slot of this model), not {asked.n}")
@@ -362,6 +367,14 @@ def _check_generation(asked: Generation, max_choices: int) -> None:
                 raise _bad(f"logit_bias.{token}", f"must be {-_BIAS:g} to {_BIAS:g}, not {bias:g}")
     if asked.response_format is not None:
         _check_response_format(asked.response_format)
+    for name in ("repeat_last_n", "dry_penalty_last_n"):
+        # A window of 2^31 tokens was allocated, and filled, for every sampler: all slots stood still for a minute.
+        if (window := getattr(asked, name)) is not None and window > context:
+            raise _bad(name, f"must be at most the context of {context} tokens, not {window}")
+    if asked.n_probs is not None:
+        _check_range("n_probs", asked.n_probs, 0, MAX_TOP_LOGPROBS)
+    if asked.n_cmpl is not None:
+        raise _bad("n_cmpl", "is the engine's name; use `n`")
     if asked.grammar and asked.wants_json:
         raise _bad("grammar", "and a JSON schema exclude each other; send one")
 
@@ -407,15 +420,20 @@ def _check_texts_or_tokens(param: str, items: Sequence[Any]) -> None:
     """A list of texts, of token ids, or of lists of token ids; not empty, not mixed."""
     kinds = {type(item) for item in items}
     if kinds == {int}:
+        _check_tokens(param, items)
         return
     if len(items) > MAX_PROMPTS:
         raise _bad(param, f"can have {MAX_PROMPTS} items, not {len(items)}")
     for i, item in enumerate(items):
-        if isinstance(item, str) and str in kinds and len(kinds) == 1:
-            continue
         if isinstance(item, list) and len(kinds) == 1 and item and all(type(token) is int for token in item):
-            continue
-        raise _bad(f"{param}[{i}]", "must be a text or a list of token ids, the same kind throughout")
+            _check_tokens(f"{param}[{i}]", item)
+        elif not isinstance(item, str) or len(kinds) > 1:
+            raise _bad(f"{param}[{i}]", "must be a text or a list of token ids, the same kind throughout")
+
+
+def _check_tokens(param: str, tokens: Sequence[int]) -> None:
+    if min(tokens) < 0 or max(tokens) >= 1 << 31:  # more is cut to 32 bits by the engine: another token
+        raise _bad(param, "has a number that is no token id")
 
 
 def _check_limit(param: str, value: int | None) -> None:

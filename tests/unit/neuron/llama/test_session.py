@@ -265,6 +265,23 @@ def test_dimensions_can_only_be_the_models_own() -> None:
     assert refused.value.param == "dimensions"
 
 
+def test_a_null_encoding_is_the_default() -> None:
+    embedder = session("embed")
+    asked = sent(embedder.prepare(exchange({"input": "a", "encoding_format": None}, "/v1/embeddings")))
+    assert asked["encoding_format"] == "float"
+    assert embedder.prepare(exchange({"input": "a", "encoding_format": "base64"}, "/v1/embeddings")) == Prepared()
+
+
+def test_schemas_nested_without_end_are_refused() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(400):
+        deep = {"properties": {"a": deep}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": deep}}
+    with pytest.raises(BadRequest) as refused:
+        TOOLED.prepare(exchange({"messages": MESSAGES, "tools": [tool], "tool_choice": "required"}))
+    assert refused.value.param in ("tools", None)
+
+
 def test_documents_to_rank_reach_the_engine_as_texts() -> None:
     ranker = session("rerank")
     assert ranker.prepare(exchange({"query": "q", "documents": ["a"]}, "/v1/rerank")) == Prepared()

@@ -56,6 +56,7 @@ class LlamaSession:
         self._model = plan.request.id
         self._task = plan.facts.task
         self._slots = plan.slots
+        self._context = plan.context
         self._abilities = frozenset(plan.facts.capabilities)
         self._n_embd: int | None = plan.facts.extra.get("n_embd")
         self._prepare: dict[str, Callable[[Exchange], Prepared]] = {
@@ -101,7 +102,7 @@ class LlamaSession:
     # chat
 
     def _read_chat(self, body: bytes) -> fields.ChatRequest:
-        asked = fields.read_chat(body, max_choices=self._slots)
+        asked = fields.read_chat(body, max_choices=self._slots, context=self._context)
         for message in asked.messages or ():
             if type(message.content) is list:
                 self._check_parts(asked)
@@ -146,14 +147,15 @@ class LlamaSession:
             return values, []
         if asked.grammar:
             raise BadRequest("`grammar` and `tools` exclude each other; send one.", param="grammar")
-        calls = [(f.name, f.parameters) for f in functions]
-        if asked.forced_tool:  # 3
-            named = fields.called_function(asked)
-            schema = call_schema([call for call in calls if named is None or call[0] == named])
-        elif asked.wanted_schema is not None:  # 4
-            schema = call_schema(calls, asked.wanted_schema)
-        else:  # 5; any JSON object (type json_object) leaves room for a call as it is
+        if not asked.forced_tool and asked.wanted_schema is None:
+            # 5; any JSON object (type json_object) leaves room for a call as it is
             return values, [WrittenCalls([f.name for f in functions], must=False)]
+        named = fields.called_function(asked)
+        calls = [(f.name, f.parameters) for f in functions if named is None or f.name == named]
+        try:
+            schema = call_schema(calls, None if asked.forced_tool else asked.wanted_schema)  # 3, 4
+        except RecursionError:
+            raise BadRequest("`tools`: a schema is nested too deeply.", param="tools") from None
         wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
         values |= {"response_format": _encode(wanted), "tool_choice": b'"none"'}
         if asked.json_schema is not None:
@@ -180,7 +182,7 @@ class LlamaSession:
     # completions
 
     def _completion(self, exchange: Exchange) -> Prepared:
-        asked = fields.read_completion(exchange.body, max_choices=self._slots)
+        asked = fields.read_completion(exchange.body, max_choices=self._slots, context=self._context)
         values: dict[str, bytes] = {}
         steps: list[Step] = []
         if asked.logprobs is not None:
@@ -244,6 +246,8 @@ class LlamaSession:
                 f"`dimensions` cannot be chosen: {self._model} gives {own}dimensions, and is not known to bear a cut.",
                 param="dimensions",
             )
+        if asked.encoding_format is None and b'"encoding_format"' in exchange.body:
+            return Prepared(body=splice(exchange.body, {"encoding_format": b'"float"'}))  # null the engine refuses
         return Prepared()
 
     def _rerank(self, exchange: Exchange) -> Prepared:
