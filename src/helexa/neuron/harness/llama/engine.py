@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final
 
+from helexa.neuron.harness.llama.profile import usable_cores
+
 READ_BYTES: Final = 8 << 20
 READ_SHARE: Final = 0.8  # of a load's progress: the file's bytes; the rest is the engine's own
 HTTP_THREADS_SPARE: Final = 8  # health checks, cancels, connections that are being closed
@@ -23,6 +25,11 @@ def warm() -> None:
     """Import the engine, so that a load does not pay for it."""
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # its backtrace starts a debugger, which hangs without a terminal
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order in which discovery counts
+    if usable_cores() <= 2:
+        # Every core is the engine's there (default_threads), and its threads, which would wait for each other turning
+        # in a circle, stand in the way of the one they wait for as soon as anything else runs: 5 tok/s, and 30 to 50
+        # when they sleep. Read once, when the engine is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import xllamacpp  # noqa: F401
 
 
