@@ -115,8 +115,8 @@ def neuron(folder: Path, *, cores: str, toml: str = "") -> Iterator[Program]:
 
 
 @contextmanager
-def cortex(folder: Path, node: Program, *, cores: str) -> Iterator[Program]:
-    """A gateway in front of this node; up when it has seen the node's models."""
+def cortex(folder: Path, node: Program, *, cores: str, models: bool = True) -> Iterator[Program]:
+    """A gateway in front of this node; up when it answers, and has seen the node's models where it has some."""
     port = free_port()
     config = folder / "cortex.toml"
     config.write_text(
@@ -127,7 +127,8 @@ def cortex(folder: Path, node: Program, *, cores: str) -> Iterator[Program]:
     with running(command, cores=cores, log=folder / "cortex.log") as tree:
         wait_for_port(port, tree)
         program = Program(tree, port, folder)
-        _until(lambda: bool(program.ask("GET", "/v1/models")["data"]), "the gateway does not see the node's models")
+        if models:
+            _until(lambda: bool(program.ask("GET", "/v1/models")["data"]), "the gateway does not see the node's models")
         yield program
 
 

@@ -28,6 +28,7 @@ class Side:
     port: int = 0
     unix: str | None = None
     key: str | None = None
+    path: str = "/v1/chat/completions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ def _request(side: Side, body: dict[str, Any]) -> bytes:
     data = json.dumps(body, separators=(",", ":")).encode()
     key = f"authorization: Bearer {side.key}\r\n" if side.key is not None else ""
     head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n{key}"
+        f"POST {side.path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n{key}"
         f"content-length: {len(data)}\r\n\r\n"
     )
     return head.encode() + data
