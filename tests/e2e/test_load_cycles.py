@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from tests.helpers.aio import run
-from tests.helpers.nests import children, exchange
+from tests.helpers.nests import children, exchange, read_out
 
 from helexa.core.config import NeuronSettings
 from helexa.core.errors import LoadFailed
@@ -134,13 +134,32 @@ def test_a_host_killed_while_the_engine_loads_is_told(tmp_path: Path) -> None:
                 await settled(m)
                 (spare,) = children()
                 loading = asyncio.create_task(m.load(REQUEST, wait=True, local_caller=True))
-                while (info := m.info("smollm2")) is None or info.progress is None:
-                    await asyncio.sleep(0.01)
-                    if loading.done():
-                        pytest.skip("the load was too fast to be caught")
+                while (info := m.info("smollm2")) is None or info.status != "loading":
+                    await asyncio.sleep(0)
                 spare.kill()
                 with pytest.raises(LoadFailed, match="SIGKILL"):
                     await loading
+                await cycle(m)
+
+    run(main(), timeout_s=110)
+
+
+@pytest.mark.parametrize("isolation", ["process", "none"])
+def test_force_cuts_a_stream_and_the_model_loads_again(isolation: str) -> None:
+    async def main() -> None:
+        with tempfile.TemporaryDirectory(prefix="helexa-test-") as run_dir:
+            async with models(run_dir, isolation) as m:
+                await m.load(REQUEST, wait=True, local_caller=True)
+                seat = m.admit(exchange("smollm2"))
+                assert isinstance(seat, Seat)
+                body = b'{"messages":[{"role":"user","content":"Count to 99"}],"max_tokens":90,"stream":true}'
+                async with seat.upstream.stream("POST", "/v1/chat/completions", body, head_timeout_s=60) as stream:
+                    data = aiter(stream)
+                    assert b"data:" in await anext(data)
+                    await m.unload(UnloadRequest(model_id="smollm2", force=True))
+                    with pytest.raises(ConnectionError):
+                        await read_out(data)
+                seat.release()
                 await cycle(m)
 
     run(main(), timeout_s=110)
