@@ -133,7 +133,7 @@ def build_params(spec: dict[str, Any]) -> Any:
     p.n_ctx = o["n_ctx"]
     p.kv_unified = o["kv_unified"]
     p.n_batch = o["batch"]
-    p.n_ubatch = min(o["batch"], 512) if o["task"] not in ("embed", "rerank") else o["batch"]
+    p.n_ubatch = o["ubatch"]
     p.cpuparams.n_threads = o["threads"]
     p.cpuparams_batch.n_threads = o["threads"]
     p.cache_type_k = p.cache_type_v = getattr(x.ggml_type, f"GGML_TYPE_{o['kv_type'].upper()}")

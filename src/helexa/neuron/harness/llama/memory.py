@@ -33,6 +33,7 @@ class Load:
     kv_type: str
     kv_unified: bool
     batch: int
+    ubatch: int  # what goes through the layers at once
     flash_attention: bool | None
     prompt_cache_bytes: int | None
     extra_bytes: int  # projector, adapters
@@ -41,6 +42,10 @@ class Load:
     @property
     def streams(self) -> int:
         return 1 if self.kv_unified else self.slots
+
+
+def in_mb(n: int) -> int:
+    return -(-n // MB)
 
 
 def padded(n: int, step: int = CONTEXT_STEP) -> int:
@@ -54,7 +59,7 @@ def kv_bytes(load: Load, geometry: Geometry | None = None) -> list[int]:
     full = padded(load.context) * load.streams
     window = full
     if geometry.window:
-        reach = geometry.window * (load.slots if load.kv_unified else 1) + load.batch
+        reach = geometry.window * (load.slots if load.kv_unified else 1) + load.ubatch
         window = padded(min(padded(load.context), reach)) * load.streams
     return [
         (layer.k_row + layer.v_row) * (window if layer.windowed else full) * size // block
@@ -67,12 +72,12 @@ def compute_bytes(load: Load) -> int:
     """The engine's working memory for one batch: activations, attention mask, scores where there is no flash
     attention, and the logits."""
     g = load.geometry
-    per_token = 4 * (2 * g.n_ff + 6 * g.n_embd + 4 * g.n_embd) + 2 * padded(load.context)
+    per_token = 4 * (2 * g.n_ff + 12 * g.n_embd) + 2 * padded(load.context)
     if load.kv_unified:
         per_token += 2 * padded(load.context)
     if load.flash_attention is False:
         per_token += 4 * g.n_head * padded(load.context)
-    return load.batch * per_token + 8 * load.slots * g.n_vocab
+    return load.ubatch * per_token + 8 * load.slots * g.n_vocab
 
 
 def checkpoint_bytes(load: Load) -> int:
@@ -102,8 +107,9 @@ class Need:
     overhead: int
 
     @property
-    def total(self) -> int:
-        return self.weights + self.kv + self.overhead
+    def total_mb(self) -> int:
+        """As an Estimate adds it up: each part rounded up."""
+        return in_mb(self.weights) + in_mb(self.kv) + in_mb(self.overhead)
 
 
 def need_on_cpu(load: Load) -> Need:

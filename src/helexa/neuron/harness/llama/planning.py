@@ -18,6 +18,7 @@ from helexa.neuron.harness.llama.memory import (
     MB,
     Load,
     Need,
+    in_mb,
     maps_file,
     need_on_cpu,
     need_on_gpus,
@@ -32,6 +33,7 @@ from helexa.neuron.harness.llama.profile import (
     choose,
 )
 
+MAX_UBATCH = 512  # more gains nothing, and the engine's buffers grow with it
 FLOOR_CONTEXT = 2048  # a context that nobody asked for is not cut below this to make it fit
 
 
@@ -58,6 +60,7 @@ def plan(request: LoadRequest, files: ModelFiles, facts: ModelFacts, devices: Se
         kv_type=options.kv_type,
         kv_unified=options.kv_unified,
         batch=options.batch,
+        ubatch=min(options.batch, MAX_UBATCH),
         flash_attention=options.flash_attention,
         prompt_cache_bytes=None if options.prompt_cache_mb is None else options.prompt_cache_mb * MB,
         extra_bytes=facts.extra["projector_bytes"] + facts.extra["lora_bytes"],
@@ -74,9 +77,9 @@ def plan(request: LoadRequest, files: ModelFiles, facts: ModelFacts, devices: Se
             devices=[
                 DeviceEstimate(
                     index=device.index,
-                    weights_mb=_mb(need.weights),
-                    kv_mb=_mb(need.kv),
-                    overhead_mb=_mb(need.overhead),
+                    weights_mb=in_mb(need.weights),
+                    kv_mb=in_mb(need.kv),
+                    overhead_mb=in_mb(need.overhead),
                     free_mb=device.free_mb,
                 )
                 for device, need in zip(placement.devices, needs, strict=True)
@@ -101,7 +104,6 @@ def _orders(
     for device, share in zip(placement.devices, placement.shares, strict=True):
         if on_gpu:
             split[device.index] = share
-    batch = load.batch
     return {
         "task": facts.task,
         "pooling": facts.extra["pooling"],
@@ -111,14 +113,15 @@ def _orders(
         "kv_unified": load.kv_unified,
         "flash_attention": load.flash_attention,
         "threads": options.threads,
-        "batch": batch,
+        "batch": load.batch,
+        "ubatch": load.ubatch,
         "gpu_layers": placement.gpu_layers,
         "tensor_split": split,
         "main_gpu": placement.devices[0].index if on_gpu else 0,
         "split": _split_mode(request, placement),
         "mmap": on_gpu or maps_file(load.geometry),
         "checkpoints": CHECKPOINTS,
-        "prompt_cache_mb": _mb(prompt_cache_bytes(load)),
+        "prompt_cache_mb": in_mb(prompt_cache_bytes(load)),
         "chat_template": request.chat_template,
         "draft_gpu_layers": len(load.draft.layers) + 1 if load.draft is not None and placement.gpu_layers else 0,
     }
@@ -128,10 +131,6 @@ def _split_mode(request: LoadRequest, placement: Placement) -> str:
     if len(placement.devices) == 1:
         return "none"
     return "tensor" if (request.tensor_parallel or 1) > 1 else "layer"
-
-
-def _mb(n: int) -> int:
-    return -(-n // MB)
 
 
 def _wanted_context(request: LoadRequest, facts: ModelFacts) -> int:
@@ -201,10 +200,9 @@ def _with_batch(load: Load, facts: ModelFacts, request: LoadRequest) -> Load:
     """An input that is pooled must go through in one batch; the context is then what one batch holds."""
     if facts.task not in ("embed", "rerank"):
         return load
-    batch = request.batch or load.context
-    return replace(
-        load, batch=max(batch, MIN_BATCH), context=min(load.context, batch) if request.batch else load.context
-    )
+    batch = max(request.batch or load.context, MIN_BATCH)
+    context = min(load.context, batch) if request.batch else load.context
+    return replace(load, batch=batch, ubatch=batch, context=context)
 
 
 def _choices(request: LoadRequest, usable: list[FreeDevice], gpu_layers: int) -> list[Placement]:
@@ -234,7 +232,7 @@ def _needs(load: Load, placement: Placement) -> list[Need]:
 
 def _fits(load: Load, placement: Placement) -> bool:
     needs = _needs(load, placement)
-    return all(_mb(n.total) <= d.free_mb for n, d in zip(needs, placement.devices, strict=True))
+    return all(n.total_mb <= d.free_mb for n, d in zip(needs, placement.devices, strict=True))
 
 
 def _why(request: LoadRequest, files: ModelFiles, load: Load, placement: Placement, needs: list[Need]) -> str | None:
@@ -247,10 +245,10 @@ def _why(request: LoadRequest, files: ModelFiles, load: Load, placement: Placeme
             f"{files.model_id} asks for {asked} MB on each device; device {small[0].index} has {small[0].total_mb} MB"
         )
     short = [
-        f"{_mb(need.total)} MB on device {device.index} ({device.name}), where {device.free_mb} MB are free: "
-        f"weights {_mb(need.weights)}, KV cache {_mb(need.kv)}, overhead {_mb(need.overhead)}"
+        f"{need.total_mb} MB on device {device.index} ({device.name}), where {device.free_mb} MB are free: "
+        f"weights {in_mb(need.weights)}, KV cache {in_mb(need.kv)}, overhead {in_mb(need.overhead)}"
         for device, need in zip(placement.devices, needs, strict=True)
-        if _mb(need.total) > device.free_mb
+        if need.total_mb > device.free_mb
     ]
     if not short:
         return None
