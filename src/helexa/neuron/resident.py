@@ -226,7 +226,8 @@ class Resident:
 
     def become(self, status: ModelStatus, *, error: str | None = None) -> None:
         assert status in NEXT[self.status], f"{self.id}: {self.status} -> {status}"
-        _log.info("model", model=self.id, status=str(status), before=str(self.status), error=error)
+        why = {} if error is None else {"error": error}
+        _log.info(f"model {status}", model=self.id, before=str(self.status), **why)
         self.status = status
         self.error = error
         self.progress = None

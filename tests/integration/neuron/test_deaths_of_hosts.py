@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.helpers.aio import run
 from tests.helpers.nests import children, exchange, nest, read_out
+from tests.helpers.neuron_daemon import neuron
 from tests.helpers.scripted import Gate, Script, loads_of
 
 from helexa.core.errors import (
     LoadFailed,
     ModelLoading,
 )
+from helexa.neuron.run_dir import RunDir
 
 
 def test_a_host_that_dies_in_its_load_is_told_with_its_last_words(tmp_path: Path) -> None:
@@ -176,3 +180,22 @@ def test_cycles_leave_nothing_behind(tmp_path: Path) -> None:
             assert not n.sockets()
 
     run(main())
+
+
+def test_a_daemon_that_is_killed_takes_its_hosts_with_it_and_the_next_sweeps_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with neuron(tmp_path) as daemon:
+        daemon.wait_for(event="ready")
+        parent = psutil.Process(daemon.process.pid)
+        while not (hosts := parent.children()):
+            time.sleep(0.01)
+        (left,) = [folder for folder in daemon.runtime.glob("**/helexa-*") if folder.is_dir()]
+        daemon.process.kill()
+        daemon.process.wait()
+        gone, alive = psutil.wait_procs(hosts, 5)
+        assert gone
+        assert not alive
+        monkeypatch.setattr("helexa.neuron.run_dir.YOUNG_S", -1)
+        RunDir(None, {"XDG_RUNTIME_DIR": str(left.parent.parent)}).remove()
+        assert not left.exists()
