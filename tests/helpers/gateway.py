@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,13 @@ class Gateway:
     async def until_up(self, *names: str) -> None:
         for name in names:
             await asyncio.to_thread(self.daemon.wait_for, 10.0, event="node is up", node=name)
+
+    async def until(self, path: str, condition: Callable[[Any], bool]) -> Any:
+        """What GET `path` says once the condition holds of it."""
+        async with asyncio.timeout(10):
+            while not condition(said := (await self.get(path)).json()):
+                await asyncio.sleep(0.02)
+        return said
 
     async def samples(self) -> dict[str, float]:
         """The metrics port's, by name and labels."""

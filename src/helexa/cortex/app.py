@@ -67,6 +67,7 @@ class Cortex:
         self.metrics = Metrics()
         self.request_log = RequestLog(_to_stderr, as_json=logs.writes_json(), now=time.time)
         self.loader.on_load.append(self._loaded)
+        self._warnings = warnings_about(settings)
         gateway = settings.gateway
         self.control = ControlPlane(
             self.fleet,
@@ -75,7 +76,7 @@ class Cortex:
             cors_origins=gateway.cors_origins,
             allowed_hosts=gateway.allowed_hosts,
             metrics=self._metrics_text if gateway.metrics_on_api else None,
-            warnings=exposure(settings),
+            warnings=self._warnings,
             relayed=[endpoint.path for endpoint in ENDPOINTS],
         )
         director = CortexDirector(
@@ -107,6 +108,16 @@ class Cortex:
         except CannotListen:
             await self.server.close()
             raise
+        log.info(
+            "listening",
+            url=f"http://{api}",
+            metrics=metrics,
+            version=__version__,
+            nodes=len(self.fleet.nodes),
+            models=len(self.fleet.profiles),
+        )
+        for warning in self._warnings:
+            log.warning(warning)
         await self.poller.start()
         return Addresses(api, metrics)
 
@@ -132,11 +143,7 @@ class Cortex:
         signals: asyncio.Queue[str] = asyncio.Queue()
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, signals.put_nowait, sig.name)
-        addresses = await self.start()
-        log.info("listening", url=f"http://{addresses.api}", metrics=addresses.metrics, version=__version__,
-                 nodes=len(self.fleet.nodes), models=len(self.fleet.profiles))  # fmt: skip
-        for warning in exposure(self.settings):
-            log.warning(warning)
+        await self.start()
         # What the start made stays; the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -166,14 +173,18 @@ def build(settings: CortexSettings, catalogue: Catalogue, catalogue_path: Path |
     return Cortex(settings, catalogue, catalogue_path)
 
 
-def exposure(settings: CortexSettings) -> list[str]:
-    """What an operator should know about who can reach this gateway."""
+def warnings_about(settings: CortexSettings) -> list[str]:
+    """What an operator should know about settings that are allowed; `cortex status` repeats it."""
     host, port = split_listen(settings.gateway.listen)
-    if is_loopback(host):
-        return []
-    return [
-        f"Everyone who can reach {host}:{port} can use this gateway: it listens beyond loopback, and asks for no keys."
-    ]
+    said = []
+    if not is_loopback(host):
+        said.append(
+            f"Everyone who can reach {host}:{port} can use this gateway: it listens beyond loopback, and asks for no "
+            "keys."
+        )
+    if not settings.neurons:
+        said.append("There is no node to ask: name them under [[neurons]] in cortex.toml.")
+    return said
 
 
 async def _listen(server: Server, listen: str, setting: str) -> str:

@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from helexa.core import bodies, version
+from helexa.core import bodies, logs, version
 from helexa.core.addresses import is_own_host
 from helexa.core.errors import (
     BadRequest,
@@ -44,6 +44,7 @@ from helexa.cortex.fleet import Fleet
 from helexa.cortex.front_page import front_page
 from helexa.cortex.loader import Loader
 
+log = logs.get("cortex.control")
 _encode = msgspec.json.Encoder().encode
 
 # Dialects of the contract that come later, told in their own envelopes.
@@ -183,6 +184,7 @@ class ControlPlane:
             model_id = order.model  # the load API, unlike a request, may name what only the Hub has
         if order.node is not None:
             self._known_node(order.node)
+        log.info("load ordered", model=model_id, node=order.node, client=_client(request))
         work = asyncio.create_task(self._loader.load(model_id, order.node), name=f"load {model_id}")
         self._loads.add(work)
         work.add_done_callback(self._load_ended)
@@ -200,6 +202,7 @@ class ControlPlane:
         model_id = self._fleet.resolve(order.model)
         if order.node is not None:
             self._known_node(order.node)
+        log.info("unload ordered", model=model_id, node=order.node, force=order.force, client=_client(request))
         await self._loader.unload(model_id, order.node, force=order.force, drain_s=order.drain_s)
         return _json({"success": True, "status": "unloaded"})
 
@@ -267,6 +270,10 @@ async def _relayed(request: Request) -> Response:
 async def _later(request: Request) -> Response:
     path = request.url.path
     return answer(request, NotImplementedYet(f"{path} is not there yet; use /v1/chat/completions"))
+
+
+def _client(request: Request) -> str:
+    return request.client.host if request.client is not None else "unix"
 
 
 def _is_same_origin(origin: str, host: str | None) -> bool:

@@ -47,6 +47,7 @@ _TASKS: Final[dict[str, frozenset[str]]] = {
 }
 _ALL_TASKS: Final = frozenset[str]().union(*_TASKS.values())
 _DOES: Final = {"chat": "chats", "completion": "completes text", "embed": "makes embeddings", "rerank": "reranks"}
+_TARGETS_KEPT: Final = 10_000
 _ENSURE_ATTEMPTS: Final = 3  # a load that is evicted before its waiter gets to it, three times over: give up
 
 
@@ -246,6 +247,8 @@ class CortexDirector:
             raise BadRequest('"model" is missing; GET /v1/models lists what is served', param="model")
         model_id = self._fleet.resolve(name)
         target = Target(model_id, self._fleet.replicas(model_id), self._tasks(model_id))
+        if len(self._targets) >= _TARGETS_KEPT:  # one model has many spellings, and a client may try them all
+            self._targets.clear()
         self._targets[name] = target
         return target
 

@@ -27,6 +27,7 @@ _MISSING: Final = frozenset({"model_not_found", "not_found"})
 _TRANSIENT: Final[dict[str, type[Transient]]] = {
     cls.code: cls for cls in (Overloaded, ModelLoading, ModelUnloading, NoNode, LoadFailed, ShuttingDown)
 }
+_BROKEN: Final = frozenset({"internal_error", "upstream_error"})
 _ENVELOPE: Final = frozenset({"message", "type", "param", "code"})
 
 
@@ -36,6 +37,15 @@ class NodeSaid(HelexaError):
     def __init__(self, code: str | None, message: str) -> None:
         super().__init__(message)
         self.code = code or "upstream_error"  # type: ignore[misc]
+
+
+def _codes(of: type[HelexaError]) -> frozenset[str]:
+    """The codes of all errors of this kind that no other node would mend."""
+    own = {of.code} if 400 <= of.status < 500 or of.status in (501, 504) else set()
+    return frozenset(own).union(*map(_codes, of.__subclasses__()))
+
+
+_FOR_THE_CALLER: Final = _codes(HelexaError) - {"conflict"}
 
 
 class _Inner(msgspec.Struct):
@@ -69,12 +79,15 @@ def judge(model: str, node: str, status: int, body: bytes) -> HelexaError | None
             f"{node} refused the gateway's key, so {model} could not be asked; set `token` of [[neurons]] in "
             f"cortex.toml to the node's own"
         )
-    if status == 404 and code in _MISSING:
+    if status in (404, 503) and code in _MISSING:
         return ModelLoading(f"{node} no longer holds {model}; try again", details={"loading": {"state": "unloaded"}})
-    if status == 503:
+    # A node whose stream has begun can tell its error only as an event, which has no status: the code decides.
+    if status == 503 and code not in _BROKEN:
+        if code in _FOR_THE_CALLER:
+            return None
         known = _TRANSIENT.get(code or "", Overloaded)
         return known(message or f"{node} cannot take {model} now; try again", details=_details(body))
-    if status in (500, 502):
+    if status in (500, 502, 503):
         return UpstreamError(message or f"{model} failed on {node} (status {status})", details=_details(body))
     return None
 

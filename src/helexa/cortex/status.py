@@ -78,8 +78,6 @@ def render(fleet: Mapping[str, Any], url: str, at: datetime) -> RenderableType:
     )
     parts: list[RenderableType] = [head]
     parts += [Text(f"! {warning}", style="yellow") for warning in fleet.get("warnings", ())]
-    if not fleet["nodes"]:
-        parts.append(Text("no nodes: name them under [[neurons]] in cortex.toml", style="yellow"))
     for node in fleet["nodes"]:
         parts += [Text(), *_node(node, at)]
     if fleet["models"]:

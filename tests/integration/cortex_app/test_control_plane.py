@@ -62,7 +62,7 @@ def test_the_fleet_is_told_with_its_nodes_devices_and_models(tmp_path: Path) -> 
     async def scenario() -> None:
         async with neurons(node), cortex(tmp_path, {"beast": node.url, "dead": DEAD}) as gateway:
             await gateway.until_up("beast")
-            fleet = (await gateway.get("/fleet")).json()
+            fleet = await gateway.until("/fleet", lambda fleet: "discovery" in fleet["nodes"][0])
             assert {"nodes", "models", "inflight", "version", "warnings"} <= fleet.keys()
             beast, dead = fleet["nodes"]
             assert (beast["state"], beast["models"][0]["status"]) == ("up", "loaded")
@@ -257,8 +257,9 @@ def test_listening_beyond_loopback_is_said_in_the_log_and_in_the_view(tmp_path: 
     with cortex_process(
         tmp_path, {}, toml=SETTINGS.replace('listen = "127.0.0.1:0"\nm', 'listen = "0.0.0.0:0"\nm')
     ) as daemon:
-        (warning,) = daemon.http.get("/fleet").json()["warnings"]
+        warning, no_node = daemon.http.get("/fleet").json()["warnings"]
         assert "asks for no keys" in warning
+        assert "[[neurons]]" in no_node
         daemon.wait_for(5.0, level="warning", event=warning)
 
 

@@ -366,6 +366,17 @@ def test_whatever_a_node_says_with_503_is_read(body: bytes) -> None:
     assert isinstance(bench.director.refused(request, bench.sent(request), 503, body), Overloaded)
 
 
+@pytest.mark.parametrize("code", ["context_length_exceeded", "unsupported_modality", "upstream_timeout"])
+def test_an_error_of_the_callers_told_in_a_stream_is_not_taken_to_another_node(code: str) -> None:
+    bench, request = Bench(two_nodes()), exchange(stream=True)
+    assert bench.refuse(request, bench.sent(request), 503, code=code) is None
+
+
+def test_a_broken_host_told_in_a_stream_is() -> None:
+    bench, request = Bench(two_nodes()), exchange(stream=True)
+    assert isinstance(bench.refuse(request, bench.sent(request), 503, code="upstream_error"), UpstreamError)
+
+
 # stalls
 
 

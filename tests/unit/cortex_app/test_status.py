@@ -74,10 +74,9 @@ def test_a_dead_node_says_why_and_a_loading_model_how_far_it_is() -> None:
     assert "loading: 43 %" in text
 
 
-def test_warnings_and_an_empty_fleet_are_said() -> None:
+def test_warnings_are_said() -> None:
     text = shown(render(view(warnings=["Everyone can use it."]), "u", NOW))
     assert "! Everyone can use it." in text
-    assert "no nodes: name them under [[neurons]] in cortex.toml" in text
 
 
 def test_models_are_listed_with_nodes_context_and_what_they_can() -> None:
