@@ -21,12 +21,12 @@ _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 
 @dataclass(frozen=True)
 class Shape:
-    """A llama model's sizes. The vocabulary is fixed: 3 control tokens, 256 bytes, a space, letters."""
+    """A llama model's sizes; heads are 32 wide, as quantised caches need them. The vocabulary is fixed: 3 control tokens, 256 bytes, a space, letters."""
 
     n_embd: int = 64
     n_layer: int = 2
-    n_head: int = 4
-    n_head_kv: int = 2
+    n_head: int = 2
+    n_head_kv: int = 1
     n_ff: int = 128
     n_ctx: int = 2048
 

@@ -26,6 +26,7 @@ def geometry(count: int = 10, /, *, windowed: int = 0, window: int | None = None
         "n_embd": 4096,
         "n_ff": 8192,
         "n_head": 32,
+        "head_widths": (128, 128),
         "n_vocab": 32_000,
         "encoder": False,
         "active_params": 1_000_000_000,
@@ -210,6 +211,5 @@ def test_a_draft_of_another_vocabulary_is_refused() -> None:
 
 
 def test_heads_that_a_quantised_cache_cannot_hold_are_refused() -> None:
-    odd = geometry(0, layers=(LayerShape(MB, 40, 40, False, 0),))
     with pytest.raises(BadRequest, match="not a multiple of 32"):
-        planned(cpu(), facts(odd), kv_cache="q8_0")
+        planned(cpu(), facts(geometry(head_widths=(80, 80))), kv_cache="q8_0")

@@ -150,7 +150,8 @@ def build_params(spec: dict[str, Any]) -> Any:
     p.main_gpu = o["main_gpu"]
     p.split_mode = getattr(x.llama_split_mode, f"LLAMA_SPLIT_MODE_{o['split'].upper()}")
     if o["tensor_split"]:
-        p.tensor_split = o["tensor_split"]
+        places = len(p.tensor_split)
+        p.tensor_split = (o["tensor_split"] + [0.0] * places)[:places]
 
     if o["task"] == "embed":
         p.embedding = True

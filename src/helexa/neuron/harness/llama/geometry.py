@@ -66,6 +66,7 @@ class Geometry:
     n_embd: int
     n_ff: int
     n_head: int
+    head_widths: tuple[int, int]  # of K and of V, elements
     n_vocab: int
     encoder: bool
     active_params: int  # multiplied per token of a prompt: no embeddings, of the experts those that are used
@@ -124,7 +125,8 @@ def read_geometry(headers: tuple[Header, ...]) -> Geometry:
     heads = keys.per_layer("attention.head_count", layer_count, 1)
     n_head = max(heads, default=1) or 1
     encoder = keys.architecture in ENCODERS
-    rows = [(0, 0)] * layer_count if encoder else _cache_rows(keys, layer_count, heads, n_embd)
+    widths = _head_widths(keys, n_embd // n_head)
+    rows = [(0, 0)] * layer_count if encoder else _cache_rows(keys, layer_count, heads, widths)
     windowed = _windowed(keys, layer_count)
     state = _state_bytes(keys)
     shapes = tuple(
@@ -140,6 +142,7 @@ def read_geometry(headers: tuple[Header, ...]) -> Geometry:
         n_embd=n_embd,
         n_ff=max(keys.number("feed_forward_length"), keys.number("expert_feed_forward_length")),
         n_head=n_head,
+        head_widths=widths,
         n_vocab=headers[0].lengths.get("tokenizer.ggml.tokens", keys.number("vocab_size")),
         encoder=encoder,
         active_params=active,
@@ -153,24 +156,21 @@ def _layer_of(name: str) -> int | None:
     return int(number) if number.isdigit() and len(number) < 6 else None
 
 
-def _cache_rows(keys: Keys, layers: int, heads: list[int], n_embd: int) -> list[tuple[int, int]]:
+def _head_widths(keys: Keys, default: int) -> tuple[int, int]:
+    return (
+        keys.number("attention.key_length", default) or default,
+        keys.number("attention.value_length", default) or default,
+    )
+
+
+def _cache_rows(keys: Keys, layers: int, heads: list[int], widths: tuple[int, int]) -> list[tuple[int, int]]:
     """Elements of K and of V that each layer keeps per token."""
-    kv_heads = [
-        kv if kv_given else n
-        for n, kv, kv_given in zip(
-            heads,
-            keys.per_layer("attention.head_count_kv", layers, 0),
-            [keys.get("attention.head_count_kv") is not None] * layers,
-            strict=True,
-        )
-    ]
+    given = keys.get("attention.head_count_kv") is not None
+    kv_heads = keys.per_layer("attention.head_count_kv", layers, 0) if given else heads
     interval = keys.number("full_attention_interval")
     if interval > 1:  # every n-th layer attends, the others are recurrent (qwen3next)
         kv_heads = [kv if (i + 1) % interval == 0 else 0 for i, kv in enumerate(kv_heads)]
-    per_head = n_embd // max(max(heads, default=1), 1)
-    key_length = keys.number("attention.key_length", per_head) or per_head
-    value_length = keys.number("attention.value_length", per_head) or per_head
-    return [(kv * key_length, kv * value_length) for kv in kv_heads]
+    return [(kv * widths[0], kv * widths[1]) for kv in kv_heads]
 
 
 def _windowed(keys: Keys, layers: int) -> list[bool]:

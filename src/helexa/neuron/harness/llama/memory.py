@@ -14,7 +14,7 @@ from helexa.neuron.harness.llama.header import TYPES
 from helexa.neuron.harness.llama.profile import CONTEXT_STEP
 
 MB: Final = 1 << 20
-HOST_BYTES: Final = 56 * MB  # interpreter, engine, server threads
+HOST_BYTES: Final = 64 * MB  # interpreter, engine, server threads
 VOCAB_BYTES: Final = 176  # per token of the vocabulary
 CUDA_BYTES: Final = 420 * MB  # a CUDA context, cuBLAS and its workspace
 PROMPT_CACHE_CEILING: Final = 512 * MB

@@ -17,6 +17,7 @@ from helexa.neuron.harness.llama.geometry import Geometry
 
 KV_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 KV_QUANTISED: Final = frozenset({"q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"})
+KV_BLOCK: Final = 32  # elements that a quantised type packs together; none may cross a head
 MAX_SLOTS: Final = 256
 MAX_THREADS: Final = 512  # GGML_MAX_N_THREADS
 CONTEXT_STEP: Final = 256  # the engine rounds a slot's context up to this
@@ -66,8 +67,8 @@ def choose(request: LoadRequest, facts: ModelFacts, *, on_gpu: bool) -> Options:
         if request.flash_attention is False:
             message = f'kv_cache = "{kv_type}" needs flash attention: leave flash_attention out, or use f16'
             raise BadRequest(message, param="kv_cache")
-        if any(layer.k_row % 32 or layer.v_row % 32 for layer in geometry.layers):
-            message = f'kv_cache = "{kv_type}": this model\'s heads are not a multiple of 32 wide; use f16'
+        if any(width % KV_BLOCK for width in geometry.head_widths):
+            message = f'kv_cache = "{kv_type}": this model\'s heads are not a multiple of {KV_BLOCK} wide; use f16'
             raise BadRequest(message, param="kv_cache")
     if request.draft is not None and pooled:
         raise BadRequest(f"draft: a model that does {facts.task} generates nothing to be drafted", param="draft")
