@@ -10,7 +10,7 @@ from helexa.neuron import vitals
 LOOK_S: Final = 0.25  # between two looks
 STUCK_S: Final = 120.0  # a load in which nothing is read and no processor time passes
 BUSY_STUCK_S: Final = 1200.0  # ... in which nothing is read but the processor works: kernels are compiled for minutes
-IDLE_CPU: Final = 0.03  # of one core: below it a process only waits
+IDLE_CPU: Final = 0.015  # of one core; measured: an idle llama.cpp server takes one tick of 10 ms in 15 s
 
 
 class LoadWatch:
