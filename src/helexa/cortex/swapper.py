@@ -94,9 +94,10 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class NoPlace:
-    """No node is left to try."""
+    """No node is left to try. again_at: when one may be (what holds its room is in use, or has just been loaded)."""
 
     model: str
+    again_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +238,8 @@ def step(state: State, event: Event, now: float) -> Step:
         case Placed(model, node) if pursuit.phase is Phase.PLACING:
             loading = replace(pursuit, phase=Phase.LOADING, node=node, since=now)
             return _with(state, model, loading), [Load(model, node)]
-        case NoPlace() if pursuit.phase is Phase.PLACING:
-            return _no_place(state, event.model, pursuit, now)
+        case NoPlace(model, again_at) if pursuit.phase is Phase.PLACING:
+            return _no_place(state, model, pursuit, again_at, now)
     return state, []
 
 
@@ -267,10 +268,12 @@ def _place(state: State, model: str, pursuit: Pursuit, now: float) -> Step:
     return _with(state, model, placing), [Place(model, frozenset(avoid))]
 
 
-def _no_place(state: State, model: str, pursuit: Pursuit, now: float) -> Step:
+def _no_place(state: State, model: str, pursuit: Pursuit, again_at: float | None, now: float) -> Step:
     """1. A node is only busy: rest until it may be asked. 2. Everybody is told what every node said."""
     resting = state.resting(model, now)
     busy = [r.until for r in resting if r.failure.kind is Kind.BUSY]
+    if again_at is not None:
+        busy.append(again_at)
     if busy:
         return _with(state, model, replace(pursuit, phase=Phase.RESTING, wake_at=min(busy))), []
     told = {f.node: f for f in [*(r.failure for r in resting), *pursuit.tried]}

@@ -317,3 +317,11 @@ class AnyFleet(RuleBasedStateMachine):
 
 TestAnyFleet = AnyFleet.TestCase
 TestAnyFleet.settings = hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_where_there_will_be_room_the_model_is_placed_again_then() -> None:
+    run = Run()
+    run.step(Asked("m", 1, run.now + 60))
+    assert run.step(NoPlace("m", again_at=run.now + 4)) == []
+    assert swapper.next_wake(run.state) == run.now + 4
+    assert run.step(Tick(), after=4) == [Place("m", frozenset())]
