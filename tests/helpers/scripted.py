@@ -10,8 +10,8 @@ Its model files are a line that begins with GGUF and goes on as JSON, the `Scrip
     deaf                 the engine never closes
     hold_interpreter     the load goes on for ever and holds the GIL, as an engine in C may
 
-A request says what to do in its body: {"do": "answer" | "stream" | "stall" | "die" | "lie"}. How often a model was
-loaded stands in a file beside it.
+A request says what to do in its body: {"do": "answer" | "stream" | "stall" | "burn" | "die" | "lie"}. How often a
+model was loaded stands in a file beside it.
 """
 
 from __future__ import annotations
@@ -202,6 +202,11 @@ class _Handler(BaseHTTPRequestHandler):
         do = order.get("do", "answer")
         if do == "answer":
             self._answer(200, {"pid": os.getpid()})
+        elif do == "burn":  # a tenth of a second of work
+            until = time.process_time() + 0.1
+            while time.process_time() < until:
+                pass
+            self._answer(200, {})
         elif do == "lie":
             self.wfile.write(b"HTTP/1.1 two hundred\r\n\r\n")
         elif do == "die":

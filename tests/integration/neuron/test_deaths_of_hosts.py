@@ -199,3 +199,39 @@ def test_a_daemon_that_is_killed_takes_its_hosts_with_it_and_the_next_sweeps_its
         monkeypatch.setattr("helexa.neuron.run_dir.YOUNG_S", -1)
         RunDir(None, {"XDG_RUNTIME_DIR": str(left.parent.parent)}).remove()
         assert not left.exists()
+
+
+def test_a_host_at_work_shows_life_and_a_stuck_one_does_not(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path) as n:
+            n.model("a")
+            await n.load("a")
+            seat = await n.seat("a")
+            serving = n.models._residents["a"].serving
+            assert serving is not None
+            serving.host.look()
+            before = seat.host_progress()
+            await n.ask("a", '{"do":"burn"}')
+            serving.host.look()
+            at_work = seat.host_progress()
+            assert at_work > before
+            os.kill(n.pid("a"), signal.SIGSTOP)
+            serving.host.look()
+            serving.host.look()
+            assert seat.host_progress() == at_work
+            seat.release()
+            await n.unload("a", force=True)
+
+    run(main())
+
+
+def test_a_host_that_lies_is_no_answer(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path) as n:
+            n.model("a")
+            await n.load("a")
+            with pytest.raises(ConnectionError):
+                await n.ask("a", '{"do":"lie"}')
+            assert (await n.ask("a")).status == 200
+
+    run(main())
