@@ -97,3 +97,22 @@ def test_what_is_not_whole_never_loads_and_says_so(tmp_path: Path) -> None:
     assert refused.value.code == "file_not_whole"
     with pytest.raises(NeverLoads, match="No such file"):
         inspect(tmp_path / "absent.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("block_count", 0), ("block_count", 1000), ("context_length", 0), ("context_length", 1 << 31)],
+)
+def test_figures_at_which_the_engine_would_abort_are_refused(tmp_path: Path, key: str, value: int) -> None:
+    path = tiny_gguf.chat_model(tmp_path / "tiny.gguf")
+    data = bytearray(path.read_bytes())
+    at = data.find(b"llama." + key.encode()) + len("llama.") + len(key) + 4
+    data[at : at + 4] = value.to_bytes(4, "little")
+    path.write_bytes(bytes(data))
+    with pytest.raises(NeverLoads, match=f"{key} is {value}"):
+        inspect(path)
+
+
+def test_capabilities_of_the_profile_replace_what_the_template_shows(tmp_path: Path) -> None:
+    path = tiny_gguf.chat_model(tmp_path / "tiny.gguf")
+    assert inspect(path, capabilities=["chat", "tools"]).capabilities == ("chat", "tools")

@@ -4,12 +4,15 @@ imports xllamacpp, and only when told to.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final
@@ -18,6 +21,9 @@ from helexa.neuron.harness.llama.profile import usable_cores
 
 READ_BYTES: Final = 8 << 20
 READ_SHARE: Final = 0.8  # of a load's progress: the file's bytes; the rest is the engine's own
+LOG_WAIT_S: Final = 1.0
+LOG_BYTES: Final = 1 << 20
+LAST_WORDS: Final = "exiting due to"
 HTTP_THREADS_SPARE: Final = 8  # health checks, cancels, connections that are being closed
 
 
@@ -53,6 +59,9 @@ class Engine:
         """Ends the server: requests that still run are cut, memory goes back. Blocks for some 50 ms."""
         self._server = None  # the last reference: its destructor stops the loop and joins the threads
         self._socket.unlink(missing_ok=True)
+        if sys.platform == "linux":
+            with suppress(OSError, AttributeError):  # 100 MB stay with the allocator otherwise; musl has none
+                ctypes.CDLL(None).malloc_trim(0)
 
 
 def serve(spec: dict[str, Any], progress: Callable[[float], None]) -> Engine:
@@ -73,8 +82,7 @@ def serve(spec: dict[str, Any], progress: Callable[[float], None]) -> Engine:
         try:
             server = xllamacpp.Server(params)
         except Exception as err:
-            log.close()
-            reason = reason_in(log.text()) or str(err)
+            reason = log.reason() or str(err)
             raise RuntimeError(f"llama.cpp could not load {spec['model_id']}: {reason}") from err
     progress(1.0)
     return Engine(server, socket)
@@ -155,7 +163,7 @@ def build_params(spec: dict[str, Any]) -> Any:
 
     if o["task"] == "embed":
         p.embedding = True
-        if o["pooling"] is None:
+        if not o["pooling"]:  # absent, or "none": every token its own vector, which no client understands
             p.pooling_type = x.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     elif o["task"] == "rerank":
         p.embedding = True
@@ -219,15 +227,20 @@ class _LogTail:
         self.close()
         self._file.close()
 
-    def text(self) -> str:
-        self._file.seek(0)
-        return self._file.read().decode("utf-8", "replace")
+    def reason(self) -> str | None:
+        """Why the engine gave up. It writes its log from a thread, which may be behind: its last line is waited for."""
+        deadline = time.monotonic() + LOG_WAIT_S
+        while True:
+            text = os.pread(self._file.fileno(), LOG_BYTES, 0).decode("utf-8", "replace")
+            if LAST_WORDS in text or time.monotonic() > deadline or self._tee is None:
+                return reason_in(text)
+            time.sleep(0.01)
 
 
 _LINE: Final = re.compile(r"^[\d.]+ (?P<level>[IWED]) +(?P<where>\S*) +(?P<what>.*)$")
 # Lines that only say that it failed.
 _EMPTY_WORDS: Final = (
-    "exiting due to",
+    LAST_WORDS,
     "cleaning up",
     "failed to load model",
     "failed to create_context",

@@ -51,6 +51,8 @@ QUANTS: Final[dict[int, str]] = {
     40: "Q1_0",
 }
 
+# Beyond these the engine does not refuse: it aborts the process.
+SANE: Final = {"block_count": 512, "context_length": (1 << 31) - 1, "embedding_length": 1 << 24}
 POOL_RANK: Final = 4
 REASONING_MARKS: Final = ("<think", "enable_thinking", "reasoning_content", "<|channel|>")
 TOOL_MARKS: Final = ("tools", "tool_call")
@@ -77,9 +79,6 @@ def inspect(files: ModelFiles, request: LoadRequest) -> ModelFacts:
     task = _task(request, keys, template, geometry, has_classifier)
     file_type = metadata.get("general.file_type")
     n_ctx_train = keys.number("context_length")
-    if not n_ctx_train:
-        message = f"{files.model_id} cannot be loaded: {headers[0].path}: {keys.architecture}.context_length is absent"
-        raise NeverLoads(message, code="file_not_whole")
     return ModelFacts(
         architecture=keys.architecture,
         task=task,
@@ -87,7 +86,7 @@ def inspect(files: ModelFiles, request: LoadRequest) -> ModelFacts:
         n_params=sum(t.elements for h in headers for t in h.tensors),
         size_bytes=sum(h.size_bytes for h in headers),
         quant=QUANTS.get(file_type & 0x3FF) if isinstance(file_type, int) else None,
-        capabilities=_capabilities(task, template, files),
+        capabilities=tuple(request.capabilities) if request.capabilities else _capabilities(task, template, files),
         extra={
             "geometry": geometry,
             "template": template if isinstance(template, str) else None,
@@ -130,6 +129,12 @@ def _check_is_model(files: ModelFiles, keys: Keys) -> None:
         raise NeverLoads(message)
     if keys.metadata.get("general.type") == "adapter":
         raise NeverLoads(f"{path} is a LoRA adapter, not a model: name it under `lora` beside the model it belongs to")
+    for name, high in SANE.items():
+        value = keys.number(name)
+        if not 1 <= value <= high:
+            found = keys.get(name)
+            message = f"{files.model_id} cannot be loaded: {path}: {name} is {found}, not 1 to {high}: it is damaged"
+            raise NeverLoads(message, code="file_not_whole")
 
 
 def _task(request: LoadRequest, keys: Keys, template: Any, geometry: Geometry, has_classifier: bool) -> str:
