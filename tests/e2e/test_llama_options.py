@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from http.client import HTTPConnection
 from itertools import pairwise
@@ -296,6 +297,18 @@ def test_what_the_engine_cannot_load_has_its_own_reason(tmp_path: Path, capfd: p
     with pytest.raises(RuntimeError, match=r"could not load tiny: .*tensor 'blk\.1\.attn_q\.weight' not found"):
         HARNESS.serve(spec, lambda fraction: None)
     assert "attn_q.weight' not found" in capfd.readouterr().err  # the log went where it goes, too
+
+
+def test_two_loads_at_once_in_one_process_leave_standard_error_as_it_was(
+    tmp_path: Path, chat: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    specs = [HARNESS.host_spec(planned(chat, CPU), tmp_path / f"{i}.sock", KEY) for i in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        engines = list(pool.map(lambda spec: HARNESS.serve(spec, lambda fraction: None), specs))
+    for engine in engines:
+        engine.close()
+    os.write(2, b"still here\n")
+    assert capfd.readouterr().err.endswith("still here\n")
 
 
 def test_files_that_went_away_are_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -48,6 +49,11 @@ def engine_version() -> str | None:
         return None
 
 
+# Standard error is the process's, so one load at a time where models share a process. None loses by it: the engine
+# holds the interpreter while it loads.
+_one_load = threading.Lock()
+
+
 class Engine:
     """A loaded model that answers on its socket until `close()`."""
 
@@ -78,7 +84,7 @@ def serve(spec: dict[str, Any], progress: Callable[[float], None]) -> Engine:
     _read_ahead([Path(p) for p in spec["files"]], lambda fraction: progress(fraction * READ_SHARE))
     params = build_params(spec)
     socket.unlink(missing_ok=True)
-    with _LogTail() as log:
+    with _one_load, _LogTail() as log:
         try:
             server = xllamacpp.Server(params)
         except Exception as err:
