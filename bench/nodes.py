@@ -23,6 +23,7 @@ from helexa.neuron.harness.base import Plan
 from helexa.neuron.harness.llama import LlamaHarness
 
 ROOT: Final = Path(__file__).parents[1]
+OURS: Final = f"{ROOT}:{ROOT / 'src'}"  # PYTHONPATH: what is measured is this tree, wherever it is
 SPECS: Final = "HELEXA_BENCH_SPECS"  # the folder for those notes
 
 
@@ -106,7 +107,7 @@ def neuron(folder: Path, *, cores: str, toml: str = "") -> Iterator[Program]:
     config = folder / "neuron.toml"
     config.write_text(f"port = {port}\n{toml}\n")
     command = [sys.executable, "-c", "from bench.nodes import serve_neuron; serve_neuron()", config]
-    env = {"PYTHONPATH": str(ROOT), SPECS: str(folder), "HF_HUB_OFFLINE": "1"}
+    env = {"PYTHONPATH": OURS, SPECS: str(folder), "HF_HUB_OFFLINE": "1"}
     with running(command, cores=cores, log=folder / "neuron.log", env=env) as tree:
         wait_for_port(port, tree)
         program = Program(tree, port, folder)
@@ -124,7 +125,7 @@ def cortex(folder: Path, node: Program, *, cores: str, models: bool = True) -> I
         f'[[neurons]]\nname = "node"\nendpoint = "http://127.0.0.1:{node.port}"\n'
     )
     command = [Path(sys.executable).parent / "cortex", "serve", "--config", config]
-    with running(command, cores=cores, log=folder / "cortex.log") as tree:
+    with running(command, cores=cores, log=folder / "cortex.log", env={"PYTHONPATH": OURS}) as tree:
         wait_for_port(port, tree)
         program = Program(tree, port, folder)
         if models:

@@ -9,6 +9,7 @@ node's host processes are apart. "answers" is from the start of the process to t
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import subprocess
 import sys
@@ -22,22 +23,23 @@ from typing import Final
 
 from bench.measure import Tree, free_port, machine, memory_mb, running, spread, table
 from bench.models import smollm2
-from bench.nodes import Program, cortex, neuron, versions
+from bench.nodes import OURS, Program, cortex, neuron, versions
 
 BIN: Final = Path(sys.executable).parent
+ENV: Final = {**os.environ, "PYTHONPATH": OURS}
 SETTLE_S: Final = 5.0
 
 
 def help_s(program: str) -> float:
     started = time.perf_counter()
-    subprocess.run([BIN / program, "--help"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([BIN / program, "--help"], check=True, stdout=subprocess.DEVNULL, env=ENV)
     return time.perf_counter() - started
 
 
 def answers_s(command: list[str | Path], port: int, cores: str, log: Path) -> float:
     """From nothing to the first 200."""
     started = time.perf_counter()
-    with running(command, cores=cores, log=log) as tree:
+    with running(command, cores=cores, log=log, env=ENV) as tree:
         answered = first_200(tree, port)
     return answered - started
 

@@ -28,7 +28,7 @@ import uvloop
 from bench.engine.client import Side, ask_at_once
 from bench.measure import machine, memory_mb, spread, table
 from bench.models import gemma, smollm2
-from bench.nodes import ROOT, Program, neuron, versions
+from bench.nodes import OURS, Program, neuron, versions
 
 CONTEXT: Final = 2048
 SLOTS: Final = 2
@@ -118,7 +118,7 @@ def first_token_s(node: Program, model: str) -> float:
 
 def by_itself(spec: dict[str, Any], folder: Path) -> tuple[float, float, float]:
     """A host that we start ourselves: ms until it is ready, ms of its load; and ms of the engine's own load."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "GGML_NO_BACKTRACE": "1"}
+    env = {**os.environ, "PYTHONPATH": OURS, "GGML_NO_BACKTRACE": "1"}
     socket = str(folder / "bare.sock")
     started = time.perf_counter()
     command = [sys.executable, "-P", "-m", "helexa.neuron.host", "--parent", str(os.getpid())]
