@@ -21,6 +21,7 @@ class RawUpstream:
         self.gone = asyncio.Event()  # a connection was closed by the other end
         self.port = 0
         self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> RawUpstream:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -30,6 +31,9 @@ class RawUpstream:
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @property
     def url(self) -> str:
@@ -37,6 +41,17 @@ class RawUpstream:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            await self._answer(reader, writer)
+        finally:
+            self._tasks.discard(task)
+            self.gone.set()
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -48,8 +63,6 @@ class RawUpstream:
                 body = await reader.readexactly(length)
                 self.requests += 1
                 await self.script(reader, writer, head + body)
-        self.gone.set()
-        writer.close()
 
 
 async def closed_by_peer(reader: asyncio.StreamReader) -> None:

@@ -108,11 +108,9 @@ def line_of(exchange: Exchange, stamp: str) -> Line:
 
 def outcome(exchange: Exchange) -> int:
     """The status that tells how it ended: a 200 whose stream broke off is no success."""
-    if exchange.client_gone:
-        return CLIENT_GONE
     if exchange.error is not None and exchange.status < 400:
         return status_for(exchange.error, exchange.endpoint.dialect)
-    return exchange.status
+    return CLIENT_GONE if exchange.client_gone else exchange.status
 
 
 def tokens_per_second(exchange: Exchange) -> float | None:

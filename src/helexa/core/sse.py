@@ -6,7 +6,6 @@ a leading byte order mark are understood.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 MAX_EVENT_BYTES = 16 << 20  # an event that long is no event: an image in base64 is the largest thing an engine sends
@@ -33,18 +32,23 @@ class EventReader:
         """The events that are complete now. ValueError for one over MAX_EVENT_BYTES."""
         return [parse(block) for block in self.blocks(data)]
 
-    def blocks(self, data: bytes) -> Iterator[bytes]:
+    def blocks(self, data: bytes) -> list[bytes]:
         """The same as raw blocks, each with its blank line."""
         self._buffer += data
         if b"\r" in self._buffer:
             held = self._buffer.endswith(b"\r")  # its LF may be in the next read
             text = self._buffer[:-1] if held else self._buffer
             self._buffer = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") + (b"\r" if held else b"")
-        while (end := self._buffer.find(b"\n\n")) >= 0:
-            block, self._buffer = self._buffer[: end + 2], self._buffer[end + 2 :]
-            yield block
+        # one walk with an index: cutting the rest anew for each event is quadratic in a read of a thousand of them
+        whole, begin = self._buffer, 0
+        found: list[bytes] = []
+        while (end := whole.find(b"\n\n", begin)) >= 0:
+            found.append(whole[begin : end + 2])
+            begin = end + 2
+        self._buffer = whole[begin:]
         if len(self._buffer) > MAX_EVENT_BYTES:
             raise ValueError(f"an event of over {MAX_EVENT_BYTES} bytes")
+        return found
 
     @property
     def pending(self) -> bytes:

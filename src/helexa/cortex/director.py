@@ -14,6 +14,7 @@ from random import Random
 from typing import Final
 
 from helexa.core import logs
+from helexa.core.dialects import anthropic_errors
 from helexa.core.errors import (
     BadRequest,
     HelexaError,
@@ -34,6 +35,7 @@ from helexa.cortex.fleet import Fleet, Node, Replica
 from helexa.cortex.loader import Loader
 from helexa.cortex.metrics import OTHER, Metrics, Series
 from helexa.cortex.router import choose
+from helexa.cortex.translations import TRANSLATIONS, Translated
 
 log = logs.get("cortex.director")
 
@@ -41,6 +43,8 @@ _GENERATION: Final = frozenset({"chat", "completion"})
 # What a model must be for to serve a path. A chat asked of a model without a chat template is the node's to judge.
 _TASKS: Final[dict[str, frozenset[str]]] = {
     "/v1/chat/completions": _GENERATION,
+    "/v1/messages": _GENERATION,
+    "/v1/messages/count_tokens": _GENERATION,
     "/v1/completions": _GENERATION,
     "/v1/embeddings": frozenset({"embed"}),
     "/v1/rerank": frozenset({"rerank"}),
@@ -63,6 +67,7 @@ class Pursuit:
     """What one request has been through; `Exchange.state`."""
 
     model: Target
+    translated: Translated | None = None  # the request, where nodes do not speak its dialect
     series: Series | None = None  # of the latest attempt, as is
     node: Node | None = None
     broken: list[str] = field(default_factory=list)  # nodes that failed it, as against those that asked to wait
@@ -73,10 +78,13 @@ class Pursuit:
 class Target:
     """One model as requests need it, made once and kept until the fleet's view of it changes."""
 
-    __slots__ = ("id", "replicas", "wrong_paths")
+    __slots__ = ("context", "id", "replicas", "wrong_paths")
 
-    def __init__(self, model_id: str, replicas: list[Replica], tasks: frozenset[str]) -> None:
+    def __init__(
+        self, model_id: str, replicas: list[Replica], tasks: frozenset[str], context: int | None = None
+    ) -> None:
         self.id = model_id
+        self.context = context  # tokens that a request may have, where known
         self.replicas = replicas  # the fleet's live list
         self.wrong_paths = {path: tasks for path, need in _TASKS.items() if tasks and not tasks & need}
 
@@ -124,6 +132,9 @@ class CortexDirector:
             if exchange.endpoint.path in target.wrong_paths:
                 raise self._wrong_task(exchange, target)
             exchange.state = pursuit = Pursuit(target)
+            translate = TRANSLATIONS.get(exchange.endpoint.path)
+            if translate is not None:
+                pursuit.translated = translate(exchange, target.context)
         replica = choose(pursuit.model.replicas, exchange.tried, self._rng)
         if replica is not None:
             return self._send(exchange, pursuit, replica)
@@ -148,6 +159,8 @@ class CortexDirector:
                 "node refused", request_id=exchange.request_id, node=node, model=model, status=status, code=code,
                 message=message or body[:500].decode("utf-8", "replace"),
             )  # fmt: skip
+        if error is None and pursuit.translated is not None:
+            return anthropic_errors.from_answer(status, body)
         if error is None:
             pursuit.passed_on = refusals.NodeSaid(code, message or f"{node} answered {status}")
             return None
@@ -158,7 +171,7 @@ class CortexDirector:
             pursuit.broken.append(node)
         elif isinstance(error, Overloaded | ShuttingDown):
             others = choose(pursuit.model.replicas, [*exchange.tried, node], self._rng)
-            if others is None:
+            if others is None and pursuit.translated is None:
                 pursuit.passed_on = refusals.NodeSaid(code, error.message)
                 return None  # nobody else to ask: the node's own words, its retry-after included
         return error
@@ -206,19 +219,27 @@ class CortexDirector:
     # -- inside ---------------------------------------------------------------------------------------------------
 
     def _send(self, exchange: Exchange, pursuit: Pursuit, replica: Replica) -> NodeRoute:
-        ask = exchange.stream and not exchange.wants_usage and exchange.endpoint.generates
+        translated = pursuit.translated
+        ask = exchange.stream and not exchange.wants_usage and exchange.endpoint.generates and translated is None
         headers = _headers(replica.info.id, ask)
         series = pursuit.series = self._metrics.series(pursuit.model.id, replica.node.name)
         pursuit.node = replica.node
         replica.begin(self._clock())
         series.inflight += 1
-        return NodeRoute(
+        route = NodeRoute(
             replica.node.upstream,
             headers=headers,
             cut_usage=ask,
             replica=replica,
             series=series,
         )
+        if translated is not None:
+            route.body = translated.body(replica.info.id)
+            route.mend = translated.answer(exchange)
+            route.translates = route.mend is not None
+            if route.translates and not exchange.stream:
+                route.content_type = b"application/json"  # nodes are always asked for a stream
+        return route
 
     async def _wait(self, exchange: Exchange, pursuit: Pursuit) -> Route:
         model_id = pursuit.model.id
@@ -246,7 +267,8 @@ class CortexDirector:
         if not name:
             raise BadRequest('"model" is missing; GET /v1/models lists what is served', param="model")
         model_id = self._fleet.resolve(name)
-        target = Target(model_id, self._fleet.replicas(model_id), self._tasks(model_id))
+        context = self._fleet.entry(model_id).get("max_model_len")
+        target = Target(model_id, self._fleet.replicas(model_id), self._tasks(model_id), context)
         if len(self._targets) >= _TARGETS_KEPT:  # one model has many spellings, and a client may try them all
             self._targets.clear()
         self._targets[name] = target

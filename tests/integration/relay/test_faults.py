@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -40,7 +41,9 @@ class Gateway:
 
 
 @asynccontextmanager
-async def gateway(*upstreams: RawUpstream, timeouts: Timeouts | None = None, **route: Any) -> AsyncIterator[Gateway]:
+async def gateway(
+    *upstreams: RawUpstream | DeadPort, timeouts: Timeouts | None = None, **route: Any
+) -> AsyncIterator[Gateway]:
     """A server before these upstreams. At its end nothing may be left: no route, connection, exchange or task."""
     pools = [Upstream(f"n{i}", u.url, connect_s=1) for i, u in enumerate(upstreams)]
     director = Recorder(*pools, **route)
@@ -61,9 +64,19 @@ async def gateway(*upstreams: RawUpstream, timeouts: Timeouts | None = None, **r
     assert left == []
 
 
-async def dead_port() -> RawUpstream:
-    async with RawUpstream(_hang) as upstream:
-        return upstream
+class DeadPort:
+    """An address that nobody listens on, and that nobody else can be given meanwhile: bound, and no more."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket()
+        self._socket.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+
+    def __enter__(self) -> DeadPort:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
 
 
 async def _hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
@@ -91,13 +104,14 @@ async def _close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, req
 @pytest.mark.parametrize("body", [STREAM, WHOLE])
 def test_a_node_that_cannot_be_reached_is_passed_over_and_only_the_last_failure_is_told(body: bytes) -> None:
     async def main() -> None:
-        async with RawUpstream(_ok) as well, gateway(await dead_port(), well) as g, g.client() as c:
-            await c.post(body)
-            assert await c.answer() == (200, b"{}")
-            assert [e.code for e, _ in g.director.failures] == ["upstream_error"]
-        async with gateway(await dead_port(), await dead_port()) as g, g.client() as c:
-            await c.post(body)
-            status, answer = await c.answer()
+        with DeadPort() as one, DeadPort() as two:
+            async with RawUpstream(_ok) as well, gateway(one, well) as g, g.client() as c:
+                await c.post(body)
+                assert await c.answer() == (200, b"{}")
+                assert [e.code for e, _ in g.director.failures] == ["upstream_error"]
+            async with gateway(one, two) as g, g.client() as c:
+                await c.post(body)
+                status, answer = await c.answer()
             assert status == 502
             assert "n1 cannot be reached" in json.loads(answer)["error"]["message"]
 

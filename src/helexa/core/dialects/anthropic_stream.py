@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from helexa.core import sse
 from helexa.core.bodies import NOT_JSON
@@ -90,16 +90,25 @@ class Sink(Protocol):
         """What there is to send by now."""
 
 
+class Witness(Protocol):
+    """Who has to know what the neuron said, apart from the client."""
+
+    def first_token(self) -> None:
+        """Something was generated; called once at least, and for later blocks again."""
+
+    def ended(self, usage: chat.Usage | None, finish_reason: str | None, timings: dict[str, Any] | None) -> None: ...
+
+
 class Answer:
     """A Mend: body bytes of the neuron's stream in, body bytes for the client out.
 
-    usage, finish_reason, timings and has_token are the relay's to read: what it finds in other streams by itself.
-    Raises HelexaError where the stream holds an error, or is none.
+    max_tokens: as the client asked. Raises HelexaError where the stream holds an error, or is none.
     """
 
     __slots__ = (
         "_call",
         "_ending",
+        "_finish_reason",
         "_index",
         "_max_tokens",
         "_reader",
@@ -108,15 +117,23 @@ class Answer:
         "_sink",
         "_state",
         "_stop_sequence",
+        "_timings",
+        "_usage",
         "_used_tools",
-        "finish_reason",
-        "has_token",
-        "timings",
-        "usage",
+        "_witness",
     )
 
-    def __init__(self, sink: Sink, *, message_id: str, max_tokens: int | None, show_thinking: bool = True) -> None:
+    def __init__(
+        self,
+        sink: Sink,
+        *,
+        message_id: str,
+        max_tokens: int | None,
+        show_thinking: bool = True,
+        witness: Witness | None = None,
+    ) -> None:
         self._sink = sink
+        self._witness = witness
         self._reader = sse.EventReader()
         self._state = State.BEFORE
         self._index = -1
@@ -127,10 +144,9 @@ class Answer:
         self._max_tokens = max_tokens
         self._show_thinking = show_thinking
         self._signature = SIGNATURE + message_id
-        self.usage: chat.Usage | None = None
-        self.finish_reason: str | None = None
-        self.timings: dict[str, object] | None = None
-        self.has_token = False
+        self._usage: chat.Usage | None = None
+        self._finish_reason: str | None = None
+        self._timings: dict[str, Any] | None = None
 
     def feed(self, data: bytes) -> bytes:
         """HOT, once per read: one decode and one template per event. Bench: bench/dialects."""
@@ -195,9 +211,9 @@ class Answer:
             else:
                 self._sink.ping()
         if chunk.timings is not None:
-            self.timings = chunk.timings
+            self._timings = chunk.timings
         if chunk.usage is not None:
-            self.usage = chunk.usage
+            self._usage = chunk.usage
             if self._ending and self._state is not State.ENDED:
                 self._end()
 
@@ -248,7 +264,8 @@ class Answer:
             self._start(Counts())  # an engine that told no progress: the true figures come with the end
         self._state = state
         self._index += 1
-        self.has_token = True
+        if self._witness is not None:
+            self._witness.first_token()
 
     def _close(self) -> None:
         if self._state is State.THINKING:
@@ -263,7 +280,7 @@ class Answer:
 
     def _finished(self, choice: chat.Choice) -> None:
         """The last delta was there; usage may follow."""
-        self.finish_reason = choice.finish_reason
+        self._finish_reason = choice.finish_reason
         self._stop_sequence = choice.stop_reason
         self._ending = True
 
@@ -273,9 +290,11 @@ class Answer:
         self._close()
         self._sink.end(Ending(self._stop_reason(), self._stop_sequence, self._counts()))
         self._state = State.ENDED
+        if self._witness is not None:
+            self._witness.ended(self._usage, self._finish_reason, self._timings)
 
     def _counts(self) -> Counts:
-        usage = self.usage
+        usage = self._usage
         if usage is None:
             return Counts()
         cached = usage.cached_tokens
@@ -284,13 +303,13 @@ class Answer:
     def _stop_reason(self) -> str:
         """1. Cut off: by the client's own limit, or by the context. 2. Calls were made, whatever else is said. 3. A
         stop sequence. 4. What the neuron says."""
-        if self.finish_reason == "length":
-            used = self.usage.completion_tokens if self.usage is not None else 0
-            if self._max_tokens is not None and self.usage is not None and used < self._max_tokens:
+        if self._finish_reason == "length":
+            used = self._usage.completion_tokens if self._usage is not None else 0
+            if self._max_tokens is not None and self._usage is not None and used < self._max_tokens:
                 return "model_context_window_exceeded"
             return "max_tokens"
         if self._used_tools:
             return "tool_use"
         if self._stop_sequence is not None:
             return "stop_sequence"
-        return _STOP_REASONS.get(self.finish_reason or "", "end_turn")
+        return _STOP_REASONS.get(self._finish_reason or "", "end_turn")

@@ -80,6 +80,7 @@ class Pair:
         "_t_read",
         "_tail",
         "_task",
+        "_translates",
         "_wrote",
         "attempts",
         "client",
@@ -123,6 +124,7 @@ class Pair:
         self._tail: deque[bytes] = deque(maxlen=8)
         self._cut = self._cut_progress = self._first_event = self._raw_ok = self._done_seen = False
         self._mend: Any = None
+        self._translates = False
 
     # attempts
 
@@ -275,6 +277,7 @@ class Pair:
         """The head is complete: which kind of answer is it?"""
         route = cast("Route", self.route)
         self._mend = route.mend
+        self._translates = route.translates
         head, kind, length, chunked = wire.answer_head(connection.head)
         connection.framed = chunked or length is not None
         self._held_head = head if route.content_type is None else wire.with_content_type(head, route.content_type)
@@ -332,7 +335,10 @@ class Pair:
             return out + self._mend.finish() if connection.complete else out
         except HelexaError as error:
             connection.abort()
-            self._attempt_failed(error)
+            if isinstance(error, Transient | UpstreamError | UpstreamTimeout):
+                self._attempt_failed(error)
+            else:
+                self.fail(error)  # the same on every node
             return None
 
     # a stream, event by event
@@ -342,12 +348,21 @@ class Pair:
         mended = self._mended(connection, part)
         if mended is None:
             return
-        self._buffer += mended
+        if self._translates:  # HOT: whole events, and nothing of them is ours to read
+            if mended:
+                self.committed = True
+                self._emit(mended)
+            if connection.complete:
+                self._finish(raw_end=False)
+            return
+        whole = self._buffer + mended if self._buffer else mended
         out: list[bytes] = []
-        while (blank := _BLANK_LINE.search(self._buffer)) is not None:
-            block, self._buffer = self._buffer[: blank.end()], self._buffer[blank.end() :]
-            if not self._take(block, out):
+        begin = 0
+        for blank in _BLANK_LINE.finditer(whole):
+            if not self._take(whole[begin : blank.end()], out):
                 return  # the attempt is over
+            begin = blank.end()
+        self._buffer = whole[begin:]
         if connection.complete and self._buffer:
             out.append(self._buffer + b"\n\n")  # an engine that forgot its last blank line
             self._buffer = b""
@@ -426,7 +441,9 @@ class Pair:
         self.exchange.status = int(head[9:12])
         if not self._chunked and b"content-length:" not in head:
             self.client.keep = False  # an end by close is the only framing that 1.0 knows
-        self.write(head + self.client.own_headers(self.exchange.request_id, self.exchange.endpoint.dialect) + first)
+        exchange = self.exchange
+        own = self.client.own_headers(exchange.request_id, exchange.endpoint.dialect)
+        self.write(head + exchange.headers_back + own + first)
 
     # ends
 
@@ -437,7 +454,7 @@ class Pair:
         if self.phase is Phase.STREAM:
             if tail:
                 scan.settle_stream(exchange, tail)
-        elif exchange.endpoint.generates or b'"usage"' in tail:
+        elif not self._translates and (exchange.endpoint.generates or b'"usage"' in tail):
             scan.settle_whole(exchange, tail)
         if not raw_end:
             if not self.head_sent:  # a stream without a single event
@@ -495,7 +512,8 @@ class Pair:
             else:
                 self._upstream_refused(connection)
             return
-        if self._done_seen or (self._tail and self._tail[-1].rstrip().endswith(_DONE)):
+        told = self._translates and self.exchange.finish_reason is not None
+        if told or self._done_seen or (self._tail and self._tail[-1].rstrip().endswith(_DONE)):
             self._finish(raw_end=False)  # nothing was lost but the last chunk
             return
         reason = f": {exc}" if exc is not None else ""
@@ -550,9 +568,14 @@ class Pair:
         """The client left: its generation is cancelled with it."""
         if self.phase is Phase.OVER:
             return
-        self.exchange.client_gone = True
+        exchange = self.exchange
+        if self.phase is Phase.STREAM and self._tail:
+            scan.settle_stream(exchange, b"".join(self._tail))
+        # Clients hang up on [DONE], or on an error event, before the last chunk has come: those have their answer.
+        exchange.client_gone = exchange.finish_reason is None and exchange.error is None
         if not self.head_sent:
-            self.exchange.status = 499
+            exchange.client_gone = True
+            exchange.status = 499
         self._over(keep=False)
 
     def _release(self) -> None:

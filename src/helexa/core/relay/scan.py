@@ -18,7 +18,7 @@ _USAGE = b'"usage":'
 _TIMINGS = b'"timings":'
 _FINISH = b'"finish_reason":"'
 _TELLING = (_USAGE, _TIMINGS, b'"finish_reason":', b'"error":')
-_OBJECT = re.compile(rb"\s*(\{(?:[^{}]|\{[^{}]*\})*\})")
+_OBJECT = re.compile(rb"\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})")
 
 
 class _PromptDetails(msgspec.Struct):

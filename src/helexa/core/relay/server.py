@@ -188,6 +188,7 @@ class ClientConnection(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_announced",
         "_client_line",
         "_closing",
         "_complete",
@@ -238,7 +239,7 @@ class ClientConnection(asyncio.Protocol):
         self._lower = b""
         self._parts: list[bytes] = []
         self._size = 0
-        self._complete = self._pipelined = self._upgrade = False
+        self._announced = self._complete = self._pipelined = self._upgrade = False
         self._version = ""
         self._refusal: HelexaError | None = None
         self._deadline = monotonic() + self.server.timeouts.idle_s
@@ -284,6 +285,8 @@ class ClientConnection(asyncio.Protocol):
         except httptools.HttpParserError as err:
             self._refuse(self._refusal or BadRequest(f"Not a valid HTTP/1.1 request: {err}"))
             return
+        if self.head and not self._complete and not self._announced and self._refusal is None:
+            self._await_body()
         if self._refusal is not None:
             self._refuse(self._refusal)
         elif self._complete:
@@ -338,10 +341,10 @@ class ClientConnection(asyncio.Protocol):
         self._raw = b""
         self._lower = self.head.lower()
         self._refusal = wire.refusal(self.head, self._lower, self._version, upgrade=self._upgrade)
-        if self._refusal is None:
-            self._check_body()
 
-    def _check_body(self) -> None:
+    def _await_body(self) -> None:
+        """The head is here and the body is not, or not all of it: is it welcome?"""
+        self._announced = True
         length = wire.value_of(self.head, self._lower, b"content-length:")
         if length is not None and int(length) > self.server.body_limit:
             self._refusal = self._too_large(int(length))
@@ -369,13 +372,16 @@ class ClientConnection(asyncio.Protocol):
 
     def _dispatch(self) -> None:
         server = self.server
-        method, target, _ = self.head.split(b"\r\n", 1)[0].split(b" ", 2)
+        head = self.head
+        space = head.index(b" ")
+        method, target = head[:space], head[space + 1 : head.index(b" ", space + 1)]
         parts = self._parts
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         self._parts = []
         given = wire.value_of(self.head, self._lower, b"x-request-id:") if b"x-request-id" in self._lower else None
         request_id = given.decode() if given is not None and wire.good_request_id(given) else server.new_id()
-        endpoint = server.endpoints.get(target.partition(b"?")[0]) if method == b"POST" else None
+        path = target.partition(b"?")[0] if b"?" in target else target
+        endpoint = server.endpoints.get(path) if method == b"POST" else None
         if endpoint is not None:
             self._relay(endpoint, body, request_id)
             return
@@ -383,7 +389,7 @@ class ClientConnection(asyncio.Protocol):
             self.respond_error(BadRequest("Nothing is served here but inference"), Dialect.OPENAI, request_id)
             self.finished(keep=False)
             return
-        cycle = self.cycle = Cycle(self, self.head, method.decode(), target, body, request_id)
+        cycle = self.cycle = Cycle(self, head, method.decode(), target, body, request_id)
         task = asyncio.get_running_loop().create_task(cycle.run(server.app))
         server.tasks.add(task)
         task.add_done_callback(server.tasks.discard)
@@ -411,16 +417,16 @@ class ClientConnection(asyncio.Protocol):
                 model = named.decode("utf-8", "replace")
             gateway_usage = wire.value_of(self.head, lower, b"x-helexa-usage:") == b"1"
         exchange = Exchange(
-            endpoint=endpoint,
-            head=self.head,
-            body=body,
-            model=model,
-            stream=stream,
-            wants_usage=wants_usage,
-            gateway_usage=gateway_usage,
-            request_id=request_id,
-            client=self.address,
-            t_start=monotonic(),
+            endpoint,
+            self.head,
+            body,
+            model,
+            stream,
+            wants_usage,
+            gateway_usage,
+            request_id,
+            self.address,
+            monotonic(),
         )
         pair = self.pair = Pair(self, exchange, extra)
         server.pair_began()

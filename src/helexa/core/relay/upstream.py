@@ -11,6 +11,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from ipaddress import ip_address
 from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
@@ -19,6 +20,7 @@ import msgspec
 
 from helexa.core.relay.wire import answer_head
 
+LOOKUP_S = 5.0
 _HIGH_WATER = 256 << 10  # decoded bytes a reader of `stream` may leave unread before its connection is paused
 
 
@@ -232,6 +234,9 @@ class Upstream:
                 raise ValueError(f"{url!r} is not an address; use http://host:port")
             self._host, self._port, self._base = parts.hostname, parts.port or 80, parts.path.rstrip("/")
             authority = parts.netloc.rpartition("@")[2]
+        self._numeric = _is_numeric(self._host)
+        self._known = [self._host] if self._numeric else []
+        self._looked_up = -LOOKUP_S
         self._common = f"host: {authority}\r\n" + "".join(f"{k}: {v}\r\n" for k, v in (headers or {}).items())
 
     def head_for(self, path: str) -> bytes:
@@ -258,9 +263,32 @@ class Upstream:
         async with asyncio.timeout(self.connect_s):
             if self._unix is not None:
                 _, made = await loop.create_unix_connection(lambda: Connection(self), self._unix)
-            else:
-                _, made = await loop.create_connection(lambda: Connection(self), self._host, self._port)
-        return made
+                return made
+            error: OSError | None = None
+            for address in await self._addresses(loop):
+                try:
+                    _, made = await loop.create_connection(lambda: Connection(self), address, self._port)
+                except OSError as err:
+                    error = err
+                else:
+                    return made
+            raise error or OSError(f"{self._host} has no address")
+
+    async def _addresses(self, loop: asyncio.AbstractEventLoop) -> list[str]:
+        """Where the name leads. The loop has four threads for look-ups: a name that hangs must not take them for every
+        connection, so an answer is kept for LOOKUP_S, and the last good one serves while a new one does not come."""
+        if self._numeric or loop.time() < self._looked_up + LOOKUP_S:
+            return self._known
+        self._looked_up = loop.time()
+        try:
+            found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        except BaseException:
+            if not self._known:
+                self._looked_up = -LOOKUP_S
+                raise
+            return self._known
+        self._known = list(dict.fromkeys(str(row[4][0]) for row in found))
+        return self._known
 
     def give_back(self, connection: Connection) -> None:
         if len(self._idle) >= self.max_idle:
@@ -480,3 +508,11 @@ class Call:
         if not self._done and self._error is None:
             self._error = error
         self._wake.set()
+
+
+def _is_numeric(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
