@@ -210,7 +210,8 @@ def test_models_in_use_are_drained_only_where_that_is_allowed() -> None:
 def fleets(draw: st.DrawFn) -> list[NodeView]:
     nodes = []
     for at in range(draw(st.integers(0, 7))):
-        free, held = [], []
+        free: list[int] = []
+        held: list[Resident] = []
         totals = draw(st.lists(st.sampled_from([6_000, 12_000, 24_000]), min_size=1, max_size=3))
         for index, total in enumerate(totals):
             left = total

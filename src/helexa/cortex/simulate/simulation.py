@@ -1,0 +1,291 @@
+"""One run: a trace over a fleet under one policy, event by event.
+
+What the loader does with awaits and HTTP is done here with a heap of events: the swapper's commands are carried out,
+placements asked for, victims unloaded (at once where they are idle, after their last request where they are drained).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from math import inf
+from random import Random
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from helexa.core.lifecycle import ModelStatus
+from helexa.cortex import placement, router, swapper
+from helexa.cortex.eviction import POLICIES, Policy
+from helexa.cortex.plans import NodeView, NoPlan, Plan, Wanted
+from helexa.cortex.simulate.results import NodeUse, Results
+from helexa.cortex.simulate.trace import Request
+from helexa.cortex.simulate.world import Model, NodeSpec, SimModel, SimNode, SimReplica
+
+if TYPE_CHECKING:
+    from helexa.cortex.fleet import Replica
+
+DRAIN_AFTER_S: Final = 15.0  # 10 to 30 s are equally good, at once costs 4 %
+LOOK_AGAIN_S: Final = 1.0  # for room, while everything is in use
+COPY_AT_QUEUE: Final = 4  # at 1 a second copy only costs
+
+Placer = Callable[..., Plan | NoPlan]  # placement.plan, or what it is compared with
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What is compared. copies: a second copy of a model whose queue is long, where there is room for it."""
+
+    name: str
+    policy: Policy = POLICIES["adaptive"]
+    place: Placer = placement.plan
+    wait_s: float = 600.0
+    queue: int = 10**9
+    copies: bool = True
+
+
+class Simulation:
+    def __init__(
+        self,
+        nodes: Iterable[NodeSpec],
+        models: Iterable[Model],
+        requests: Sequence[Request],
+        rules: Rules,
+        *,
+        seed: int = 0,
+    ) -> None:
+        self._rules = rules
+        self._requests = requests
+        self._rng = Random(seed)
+        self._nodes = {spec.name: SimNode(spec) for spec in nodes}
+        self._models = {m.id: SimModel(m, m.wanted()) for m in models}
+        self._state = swapper.State(queue=rules.queue)
+        self._feeding: deque[swapper.Event] = deque()
+        self._stepping = False
+        self._events: list[tuple[float, int, Callable[..., None], Any]] = []
+        self._number = 0
+        self._tick_at = inf
+        self._now = 0.0
+        self._waits = array("d", bytes(8 * len(requests)))
+        self._loads = self._copies = self._evictions = self._drains = self._cold = 0
+        self._load_s = 0.0
+        self._refused: list[int] = []
+
+    def run(self) -> Results:
+        requests, events = self._requests, self._events
+        at, count = 0, len(requests)
+        while at < count or events:
+            if at < count and (not events or requests[at].t <= events[0][0]):
+                self._now = requests[at].t
+                self._arrived(at)
+                at += 1
+            else:
+                self._now, _, call, what = heappop(events)
+                call(what)
+        return self._results()
+
+    # requests
+
+    def _arrived(self, number: int) -> None:
+        request = self._requests[number]
+        model = self._models[request.model]
+        model.usage = model.usage.used(self._now)
+        if not self._serve(number, model):
+            self._cold += 1
+            self._feed(swapper.Asked(request.model, number, self._now + self._rules.wait_s))
+
+    def _serve(self, number: int, model: SimModel) -> bool:
+        """Sends it where the router says; False where nothing can be asked."""
+        if not model.live:
+            return False
+        replica = cast("SimReplica", router.choose(cast("list[Replica]", model.live), (), self._rng))
+        replica.inflight += 1
+        replica.last_used = self._now
+        replica.node.view = None
+        if replica.running < model.spec.slots:
+            self._start(number, replica)
+        else:
+            replica.waiting.append(number)
+            if len(replica.waiting) >= COPY_AT_QUEUE and self._rules.copies:
+                self._copy(model)
+        return True
+
+    def _start(self, number: int, replica: SimReplica) -> None:
+        request = self._requests[number]
+        self._waits[number] = self._now - request.t
+        replica.running += 1
+        seconds = replica.model.spec.seconds(request.prompt_tokens, request.output_tokens)
+        self._at(self._now + seconds, self._finished, replica)
+
+    def _finished(self, replica: SimReplica) -> None:
+        replica.running -= 1
+        replica.inflight -= 1
+        replica.last_used = self._now
+        replica.node.view = None
+        if replica.waiting:
+            self._start(replica.waiting.popleft(), replica)
+        elif replica.inflight == 0 and replica.on_idle is not None:
+            self._unload(replica)
+            self._begin_if_room(replica.on_idle)
+
+    # the loader's hands
+
+    def _feed(self, event: swapper.Event) -> None:
+        self._feeding.append(event)
+        if self._stepping:
+            return
+        self._stepping = True
+        while self._feeding:
+            self._state, commands = swapper.step(self._state, self._feeding.popleft(), self._now)
+            for command in commands:
+                self._carry_out(command)
+        self._stepping = False
+        due = swapper.next_wake(self._state)
+        if due is not None and due < self._tick_at:
+            self._tick_at = max(due, self._now)
+            self._at(self._tick_at, self._tick, None)
+
+    def _tick(self, _: None) -> None:
+        self._tick_at = inf
+        self._feed(swapper.Tick())
+
+    def _carry_out(self, command: swapper.Command) -> None:
+        match command:
+            case swapper.Place(model):
+                self._feed(self._place(model))
+            case swapper.Load():
+                pass  # begun when it was placed
+            case swapper.Serve(model, waiters):
+                for waiter in waiters:
+                    served = self._serve(cast("int", waiter), self._models[model])
+                    assert served
+            case swapper.Refuse(_, waiters):
+                for waiter in waiters:
+                    self._refused.append(cast("int", waiter))
+
+    def _place(self, name: str) -> swapper.Event:
+        """1. A plan with idle victims. 2. After DRAIN_AFTER_S of waiting also with victims that finish first.
+        3. Later; or never."""
+        wanted = self._models[name].wanted
+        found = self._plan(wanted)
+        waited_s = self._now - self._state.wanted[name].since
+        if isinstance(found, NoPlan) and not found.is_never and waited_s >= DRAIN_AFTER_S:
+            found = self._plan(wanted, drain=True)
+        if isinstance(found, Plan):
+            self._loads += 1
+            self._load(found)  # now: the next placement, of the same step, must see what this one takes
+            return swapper.Placed(name, found.node)
+        if found.is_never:
+            return swapper.NoPlace(name)
+        soon = found.again_at
+        again_at = self._now + LOOK_AGAIN_S if soon is None else min(self._now + LOOK_AGAIN_S, soon)
+        return swapper.NoPlace(name, again_at=max(again_at, self._now + 0.01))
+
+    def _plan(self, wanted: Wanted, *, drain: bool = False) -> Plan | NoPlan:
+        return self._rules.place(self._views(), wanted, self._rules.policy, self._now, drain=drain)
+
+    def _views(self) -> list[NodeView]:
+        return [node.view or node.as_seen(self._now) for node in self._nodes.values()]
+
+    def _copy(self, model: SimModel) -> None:
+        """Another one, only into free room."""
+        held = len(model.live) + model.loading
+        if model.loading or held >= (model.spec.max_replicas or inf):
+            return
+        found = self._plan(model.wanted)
+        if isinstance(found, Plan) and not found.victims:
+            self._copies += 1
+            self._load(found)
+
+    def _load(self, plan: Plan) -> None:
+        """Memory is promised at once; victims go first."""
+        node, model = self._nodes[plan.node], self._models[plan.model]
+        for name in plan.victims:
+            victim = node.replicas[name]
+            self._evictions += 1
+            if victim.inflight == 0:
+                self._unload(victim)
+        replica = SimReplica(model, node, dict(zip(plan.devices, plan.parts_mb, strict=True)))
+        node.replicas[plan.model] = replica
+        model.loading += 1
+        for device, mb in replica.memory_mb.items():
+            node.reserved_mb[device] += mb
+        node.view = None
+        for name in plan.drains:
+            victim = node.replicas[name]
+            self._drains += 1
+            self._leave(victim)
+            victim.on_idle = replica
+        self._begin_if_room(replica)
+
+    def _begin_if_room(self, replica: SimReplica) -> None:
+        node = replica.node
+        if any(victim.on_idle is replica for victim in node.replicas.values()):
+            return
+        for device, mb in replica.memory_mb.items():
+            node.reserved_mb[device] -= mb
+        node.take(replica.memory_mb, 1, self._now)
+        replica.load_s = node.load_s(replica.model.spec.mb)
+        self._load_s += replica.load_s
+        node.loads_until = max(node.loads_until, self._now) + replica.load_s
+        self._at(node.loads_until, self._loaded, replica)
+
+    def _loaded(self, replica: SimReplica) -> None:
+        model, node = replica.model, replica.node
+        replica.status = ModelStatus.LOADED
+        replica.loaded_at = replica.last_used = self._now
+        model.loading -= 1
+        model.live.append(replica)
+        self._stale(model)
+        name = model.spec.id
+        wanted = self._state.wanted.get(name)
+        if wanted is not None and wanted.node == node.name:
+            self._feed(swapper.Ended(name, node.name, None))
+        else:
+            self._feed(swapper.Ready(name))
+
+    def _leave(self, replica: SimReplica) -> None:
+        """No new request goes there."""
+        replica.status = ModelStatus.UNLOADING
+        replica.model.live.remove(replica)
+        self._stale(replica.model)
+        replica.node.view = None
+
+    def _unload(self, replica: SimReplica) -> None:
+        if replica.status is ModelStatus.LOADED:
+            self._leave(replica)
+        del replica.node.replicas[replica.model.spec.id]
+        replica.node.take(replica.memory_mb, -1, self._now)
+
+    def _stale(self, model: SimModel) -> None:
+        for replica in model.live:
+            replica.node.view = None
+
+    def _at(self, when: float, call: Callable[..., None], what: Any) -> None:
+        self._number += 1
+        heappush(self._events, (when, self._number, call, what))
+
+    def _results(self) -> Results:
+        refused = set(self._refused)
+        waits = [wait for number, wait in enumerate(self._waits) if number not in refused]
+        for node in self._nodes.values():
+            node.take({}, 1, self._now)
+        return Results(
+            name=self._rules.name,
+            requests=len(self._requests),
+            seconds=self._now,
+            refused=len(refused),
+            cold_starts=self._loads,
+            cold_requests=self._cold,
+            copies=self._copies,
+            evictions=self._evictions,
+            drains=self._drains,
+            load_seconds=self._load_s,
+            waits=sorted(waits),
+            nodes=[
+                NodeUse(n.name, n.total_mb, n.mb_seconds / max(self._now, 1e-9), n.peak_mb)
+                for n in self._nodes.values()
+            ],
+            output_tokens=sum(r.output_tokens for i, r in enumerate(self._requests) if i not in refused),
+        )

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from helexa.cortex.simulate import trace
+from helexa.cortex.simulate.trace import BadTrace, Request
+
+
+def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
+    requests = [Request(0.5, "a", 10, 20, [7, 9]), Request(1.25, "b")]
+    trace.write(tmp_path / "t.jsonl", requests)
+    assert trace.read(tmp_path / "t.jsonl") == requests
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ('{"t": 1, "model": "a"}\n{"t": 0, "model": "a"}\n', ":2: t = 0.0 is before the line above it (1.0)"),
+        ('{"t": 1, "model": "a"}\n{"model": "a"}\n', ":2: Object missing required field `t`"),
+        ("no json\n", ":1: JSON is malformed"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, lines: str, says: str) -> None:
+    (tmp_path / "t.jsonl").write_text(lines)
+    with pytest.raises(BadTrace) as raised:
+        trace.read(tmp_path / "t.jsonl")
+    assert says in str(raised.value)
