@@ -297,6 +297,7 @@ def test_what_the_engine_cannot_load_has_its_own_reason(tmp_path: Path, capfd: p
     with pytest.raises(RuntimeError, match=r"could not load tiny: .*tensor 'blk\.1\.attn_q\.weight' not found"):
         HARNESS.serve(spec, lambda fraction: None)
     assert "attn_q.weight' not found" in capfd.readouterr().err  # the log went where it goes, too
+    assert not (tmp_path / "s.sock").exists()
 
 
 def test_two_loads_at_once_in_one_process_leave_standard_error_as_it_was(

@@ -21,7 +21,10 @@ _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 
 @dataclass(frozen=True)
 class Shape:
-    """A llama model's sizes; heads are 32 wide, as quantised caches need them. The vocabulary is fixed: 3 control tokens, 256 bytes, a space, letters."""
+    """A llama model's sizes; heads are 32 wide, as quantised caches need them.
+
+    The vocabulary is fixed: 3 control tokens, 256 bytes, a space, letters.
+    """
 
     n_embd: int = 64
     n_layer: int = 2

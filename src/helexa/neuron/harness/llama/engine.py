@@ -89,6 +89,7 @@ def serve(spec: dict[str, Any], progress: Callable[[float], None]) -> Engine:
             server = xllamacpp.Server(params)
         except Exception as err:
             reason = log.reason() or str(err)
+            socket.unlink(missing_ok=True)
             raise RuntimeError(f"llama.cpp could not load {spec['model_id']}: {reason}") from err
     progress(1.0)
     return Engine(server, socket)
