@@ -41,6 +41,8 @@ ENDPOINTS: Final = (
     Endpoint("/v1/completions", Dialect.OPENAI, "/v1/completions"),
     Endpoint("/v1/embeddings", Dialect.OPENAI, "/v1/embeddings", generates=False),
     Endpoint("/v1/rerank", Dialect.OPENAI, "/v1/rerank", generates=False),
+    Endpoint("/v1/messages", Dialect.ANTHROPIC, "/v1/chat/completions"),
+    Endpoint("/v1/messages/count_tokens", Dialect.ANTHROPIC, "/v1/tokens/count", generates=False),
 )
 
 

@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from helexa.core import bodies, logs, version
 from helexa.core.addresses import is_own_host
+from helexa.core.dialects import anthropic_models
 from helexa.core.errors import (
     BadRequest,
     Dialect,
@@ -48,7 +49,7 @@ log = logs.get("cortex.control")
 _encode = msgspec.json.Encoder().encode
 
 # Dialects of the contract that come later, told in their own envelopes.
-LATER: Final = ("/v1/messages", "/v1/messages/count_tokens", "/v1/responses")
+LATER: Final = ("/v1/responses",)
 
 
 class Order(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -165,11 +166,15 @@ class ControlPlane:
         return _json({**self._fleet.view(), "warnings": self._warnings})
 
     async def _v1_models(self, request: Request) -> Response:
+        """In Anthropic's shape for those who say that they speak it."""
+        if "anthropic-version" in request.headers:
+            return _json(anthropic_models.page(self._fleet.entries(), request.query_params))
         return _json({"object": "list", "data": self._fleet.entries()})
 
     async def _v1_model(self, request: Request) -> Response:
         """The id may contain slashes; an alias shows the model that it stands for."""
-        return _json(self._fleet.entry(self._fleet.resolve(request.path_params["model_id"])))
+        found = self._fleet.entry(self._fleet.resolve(request.path_params["model_id"]))
+        return _json(anthropic_models.model(found) if "anthropic-version" in request.headers else found)
 
     async def _scrape(self, request: Request) -> Response:
         assert self._metrics is not None
@@ -295,7 +300,8 @@ def _json(body: Any, status: int = 200) -> Response:
 def answer(request: Request, error: HelexaError) -> Response:
     """The error in the dialect of the path."""
     request_id = getattr(request.state, "request_id", "")
-    dialect = Dialect.ANTHROPIC if request.url.path.startswith("/v1/messages") else Dialect.OPENAI
+    is_anthropic = request.url.path.startswith("/v1/messages") or "anthropic-version" in request.headers
+    dialect = Dialect.ANTHROPIC if is_anthropic else Dialect.OPENAI
     headers = {"request-id": request_id} if dialect is Dialect.ANTHROPIC else {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(error.retry_after_s)

@@ -241,16 +241,14 @@ class _Translator:
         """The model's reasoning switch, budget and effort.
 
         1. Not asked for is off, as at Anthropic: reasoning that nobody wants to see eats the answer's tokens. 2. A
-        forced call leaves no room to reason in. 3. between_tools: on only while there are results to think about.
+        forced call leaves no room to reason in. 3. between_tools is off too: it is about text, which stays text here.
         """
         thinking = self._asked.thinking
         kind = thinking.type if thinking is not None else "disabled"
         if kind not in _THINKING:
             known = ", ".join(sorted(_THINKING))
             raise bad("thinking.type", f"{kind!r} is not known; use one of {known}")
-        on = kind != "disabled" and not forced
-        if kind == "between_tools":
-            on = on and _ends_with_results(self._asked.messages or ())
+        on = kind in ("enabled", "adaptive") and not forced
         made["chat_template_kwargs"] = {"enable_thinking": on}
         if kind == "enabled" and thinking is not None:
             if thinking.budget_tokens is None:
@@ -295,8 +293,3 @@ def _between(name: str, value: float, low: float, high: float) -> float:
     if not low <= value <= high:
         raise bad(name, f"must be {low:g} to {high:g}, not {value:g}")
     return value
-
-
-def _ends_with_results(messages: Sequence[wire.Message]) -> bool:
-    content = messages[-1].content if messages else None
-    return isinstance(content, list) and any(block.type == "tool_result" for block in content)
