@@ -89,9 +89,9 @@ def test_every_other_path_has_an_answer_in_its_dialect(tmp_path: Path) -> None:
         assert {"version", "commit", "python"} <= http.get("/version").json().keys()
         assert "cortex_node_up" in http.get("/metrics").text
         for path in ("/v1/messages", "/v1/messages/count_tokens"):
-            later = http.post(path, json={})
-            assert (later.status, later.json()["type"]) == (501, "error")
-            assert later.json()["request_id"] == later.headers["request-id"] == later.headers["x-request-id"]
+            wrong = http.post(path, json={})
+            assert (wrong.status, wrong.json()["type"]) == (400, "error")
+            assert wrong.json()["request_id"] == wrong.headers["request-id"] == wrong.headers["x-request-id"]
         later = http.post("/v1/responses", json={})
         assert (later.status, later.json()["error"]["code"]) == (501, "not_implemented")
         lost = http.get("/v1/modles")
