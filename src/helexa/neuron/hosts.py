@@ -11,12 +11,11 @@ import asyncio
 import ctypes
 import gc
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from helexa.core import logs
 from helexa.neuron import vitals
@@ -27,6 +26,9 @@ from helexa.neuron.run_dir import RunDir
 __all__ = ["QUIT_S", "Host", "HostFailed", "Hosts", "OnProgress", "ProcessHost", "ThreadHost"]
 
 _log = logs.get("neuron.hosts")
+
+M_ARENA_MAX: Final = -8  # malloc.h
+_libc: Final = ctypes.CDLL(None)
 
 
 class Host(Protocol):
@@ -74,6 +76,7 @@ class ThreadHost:
     async def load(self, harness: str, spec: dict[str, Any], size_bytes: int, progress: OnProgress) -> None:
         loop = asyncio.get_running_loop()
         os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+        _few_arenas()
         before = vitals.memory(os.getpid())
 
         def tell(fraction: float) -> None:
@@ -180,8 +183,17 @@ class Hosts:
 def give_back_freed() -> None:
     """This process's freed memory to the system: glibc keeps it otherwise."""
     gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
+
+
+def _few_arenas() -> None:
+    """Two malloc arenas for all the engine's threads, as MALLOC_ARENA_MAX does for a host process.
+
+    Measured over 100 loads of SmolLM2 in the daemon: 44 MB of its own afterwards in place of 92.
+    """
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(M_ARENA_MAX, 2)
 
 
 def _in_thread(work: Callable[[], Any], name: str) -> asyncio.Future[Any]:
