@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
@@ -28,7 +29,7 @@ async def load(url: str | None, model: str, node: str | None, *, as_json: bool) 
             await asyncio.wait([work])
         work.result()
         entry = await gateway.get(f"/v1/models/{model}")
-    loaded = [n["name"] for n in entry.get("nodes", ()) if n["status"] == "loaded"]
+    loaded = [n["name"] for n in entry.get("nodes", ()) if is_serving(n)]
     if as_json:
         print_json({"model": entry["id"], "status": "loaded", "nodes": loaded})
     else:
@@ -78,6 +79,11 @@ async def _progress(gateway: Client, model: str) -> str:
             if info["id"] == entry["id"] and info["status"] in ("loading", "downloading"):
                 return f"{info['status']} on {node['name']}{percent(info.get('progress'))}"
     return f"waiting ({entry['status']['value']})"
+
+
+def is_serving(node: Mapping[str, Any]) -> bool:
+    """One of `nodes` of a model's entry: loaded there, and the node is well (else its state is told)."""
+    return node["status"] == "loaded" and "state" not in node
 
 
 def percent(progress: dict[str, Any] | None) -> str:

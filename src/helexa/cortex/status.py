@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from helexa.cortex.client import DEFAULT_URL, Client, CommandFailed
-from helexa.cortex.operate import percent, print_json
+from helexa.cortex.operate import is_serving, percent, print_json
 
 BAR_WIDTH: Final = 20
 _EVERY_S: Final = 1.0
@@ -92,8 +92,8 @@ def models_table(entries: list[dict[str, Any]]) -> Table:
     for entry in entries:
         status = entry["status"]["value"]
         context = entry.get("max_model_len")
-        loaded = [n["name"] for n in entry.get("nodes", ()) if n["status"] == "loaded"]
-        others = [n["name"] for n in entry.get("nodes", ()) if n["status"] != "loaded"]
+        loaded = [n["name"] for n in entry.get("nodes", ()) if is_serving(n)]
+        others = [_elsewhere(n) for n in entry.get("nodes", ()) if not is_serving(n)]
         table.add_row(
             entry["id"],
             _state(status),
@@ -103,6 +103,11 @@ def models_table(entries: list[dict[str, Any]]) -> Table:
             ", ".join(entry.get("aliases", ())),
         )
     return table
+
+
+def _elsewhere(node: Mapping[str, Any]) -> str:
+    """A node that has the model and does not serve it now; its state, where that is why."""
+    return f"{node['name']} ({node['state']})" if "state" in node else str(node["name"])
 
 
 def bar(used: float, total: float, width: int = BAR_WIDTH) -> Text:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from helexa.core.errors import Dialect, ModelNotFound
+from helexa.core.errors import Dialect, ModelNotFound, UpstreamError
 from helexa.core.relay.contract import Endpoint, Exchange, Usage
 from helexa.core.request_log import FLUSH_AT, RequestLog
 
@@ -52,6 +52,11 @@ def test_a_client_that_left_is_told_from_one_that_was_served() -> None:
     (line,) = written(exchange(client_gone=True, reads=4))
     told = json.loads(line)
     assert (told["status"], told["client_gone"], told["reads"]) == (499, True, 4)
+
+
+def test_a_stream_that_broke_off_is_told_from_one_that_was_left() -> None:
+    (line,) = written(exchange(client_gone=False, error=UpstreamError("gone")))
+    assert json.loads(line)["status"] == 502
 
 
 def test_a_model_name_with_line_breaks_cannot_forge_a_line() -> None:

@@ -83,10 +83,10 @@ def test_models_are_listed_with_nodes_context_and_what_they_can() -> None:
     entry = {
         "id": "Qwen/Qwen3-8B", "status": {"value": "loaded"}, "max_model_len": 32768, "aliases": ["small"],
         "capabilities": ["chat", "tools"],
-        "nodes": [{"name": "beast", "status": "loaded"}, {"name": "benjy", "status": "unloaded"}],
+        "nodes": [{"name": "beast", "status": "loaded"}, {"name": "benjy", "status": "loaded", "state": "down"}],
     }  # fmt: skip
     text = shown(models_table([entry, {"id": "bare", "status": {"value": "unloaded"}}]))
-    assert "Qwen/Qwen3-8B  loaded    beast benjy   32,768  chat, tools  small" in text
+    assert "Qwen/Qwen3-8B  loaded    beast benjy (down)   32,768  chat, tools  small" in text
     assert "bare           unloaded" in text
 
 
