@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Awaitable
 from enum import Enum
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import httptools
 import msgspec
@@ -98,7 +98,7 @@ class Pair:
     def __init__(self, client: ClientConnection, exchange: Exchange, extra: bytes) -> None:
         self.client = client
         self.exchange = exchange
-        self.director = client.server.relay_director
+        self.director = client.director
         self.write = client.write
         self.route: Route | None = None
         self.connection: Connection | None = None
@@ -191,7 +191,8 @@ class Pair:
 
     def _ask(self, connection: Connection) -> None:
         """HOT, once per request: one write."""
-        route = cast("Route", self.route)
+        route = self.route
+        assert route is not None
         exchange = self.exchange
         body = exchange.body if route.body is None else route.body
         self.connection = connection
@@ -275,7 +276,8 @@ class Pair:
 
     def _begin_answer(self, connection: Connection) -> None:
         """The head is complete: which kind of answer is it?"""
-        route = cast("Route", self.route)
+        route = self.route
+        assert route is not None
         self._mend = route.mend
         self._translates = route.translates
         head, kind, length, chunked = wire.answer_head(connection.head)
@@ -414,7 +416,8 @@ class Pair:
 
     def _retryable_event(self, told: Any) -> bool:
         """An upstream whose own head was out already can only say in an event that it failed."""
-        route = cast("Route", self.route)
+        route = self.route
+        assert route is not None
         error = self.director.refused(self.exchange, route, 503, msgspec.json.encode({"error": told}))
         if not isinstance(error, Transient | UpstreamError):
             return False
@@ -468,7 +471,8 @@ class Pair:
 
     def _upstream_refused(self, connection: Connection) -> None:
         """The upstream answered >= 400 and its body is here (at most MAX_ERROR_BODY of it)."""
-        route = cast("Route", self.route)
+        route = self.route
+        assert route is not None
         body = b"".join(self._body)
         status = connection.status
         self.connection = None
@@ -496,7 +500,8 @@ class Pair:
         connection, self.connection = self.connection, None
         if connection is None or self.phase is Phase.OVER:
             return
-        route = cast("Route", self.route)
+        route = self.route
+        assert route is not None
         if connection.reused and not connection.head_raw and not connection.headers_done and not self._again:
             self._again = True  # kept alive by us, closed by it, just now: not a failure of the node
             self.phase = Phase.WAITING
@@ -526,7 +531,8 @@ class Pair:
         if self.phase is Phase.OVER:
             return
         self.connection = None
-        route = cast("Route", self.route)
+        route = self.route
+        assert route is not None
         exchange = self.exchange
         mid_stream = self.committed
         exchange.error = error
@@ -633,7 +639,8 @@ class Pair:
             self._reads_seen, self._t_read = exchange.reads, now
             return
         silent_s = now - self._t_read
-        route = cast("Route", self.route)
+        route = self.route
+        assert route is not None
         limit_s = timeouts.first_byte_s
         if limit_s is not None and not exchange.t_first_byte and silent_s > limit_s:
             self._stalled(f"{exchange.node} sent nothing for {limit_s:g} s")

@@ -77,21 +77,12 @@ class Server:
         self.refusing: HelexaError | None = None
         self.date_line = wire.date_line()
         self.tasks: set[asyncio.Task[None]] = set()
-        self._pairs = 0
+        self.inflight = 0  # exchanges that the relay works on
         self._listeners: list[asyncio.AbstractServer] = []
         self._sweeper: asyncio.TimerHandle | None = None
-        self._emptied = asyncio.Event()
+        self._emptied: asyncio.Event | None = None  # there while a drain waits for it
         self._id_prefix = f"{os.urandom(5).hex()}-"
         self._ids = 0
-
-    @property
-    def relay_director(self) -> Director:
-        return cast("Director", self.director)
-
-    @property
-    def inflight(self) -> int:
-        """Exchanges that the relay works on."""
-        return self._pairs
 
     async def listen(self, host: str, port: int) -> tuple[str, int]:
         """Bind and serve; the address really bound. Raises OSError (EADDRINUSE) as the loop does."""
@@ -122,8 +113,8 @@ class Server:
 
     async def drain(self, within_s: float) -> int:
         """Wait until no exchange runs, at most `within_s`. Returns how many were cut, after telling their clients."""
-        if self._pairs:
-            self._emptied.clear()
+        if self.inflight:
+            self._emptied = asyncio.Event()
             try:
                 async with asyncio.timeout(within_s):
                     await self._emptied.wait()
@@ -153,14 +144,10 @@ class Server:
         for connection in list(self.connections):
             connection.transport.abort()
 
-    # for connections
-
-    def pair_began(self) -> None:
-        self._pairs += 1
-
     def pair_ended(self) -> None:
-        self._pairs -= 1
-        if not self._pairs:
+        """For connections."""
+        self.inflight -= 1
+        if self._emptied is not None and not self.inflight:
             self._emptied.set()
 
     def _sweep(self) -> None:
@@ -204,6 +191,7 @@ class ClientConnection(asyncio.Protocol):
         "_version",
         "address",
         "cycle",
+        "director",
         "head",
         "http11",
         "keep",
@@ -218,6 +206,7 @@ class ClientConnection(asyncio.Protocol):
 
     def __init__(self, server: Server) -> None:
         self.server = server
+        self.director = cast("Director", server.director)  # never asked where there is none: no endpoint leads to it
         self.transport = cast("asyncio.Transport", None)
         self.write: Callable[[bytes], None] = _nowhere
         self.peer: tuple[str, int] | None = None
@@ -429,7 +418,7 @@ class ClientConnection(asyncio.Protocol):
             monotonic(),
         )
         pair = self.pair = Pair(self, exchange, extra)
-        server.pair_began()
+        server.inflight += 1
         if error is None and not model:
             error = BadRequest("`model` is missing: name one of GET /v1/models", param="model")
         if error is not None:
