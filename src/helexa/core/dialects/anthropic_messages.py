@@ -181,6 +181,8 @@ class MessagesBuilder:
         if block.type == "text":
             return [self._text(block, where)]
         if block.type == "image":
+            if block.transformations:
+                self._drop("transformations")  # what an engine does to a large image is its own
             return [_image(block, where)]
         if block.type == "document":
             return self._document(block, where)
@@ -202,8 +204,7 @@ class MessagesBuilder:
         source = block.source
         if not isinstance(source, wire.Source):
             raise bad(f"{where}.source", "Field required")
-        if isinstance(block.citations, dict) and block.citations.get("enabled"):
-            self._drop("citations")
+        self._no_citations(block)
         head = [text for text in (block.title, block.context) if text]
         parts: list[Part] = [{"type": "text", "text": "\n".join(head)}] if head else []
         if source.type == "text":
@@ -219,9 +220,14 @@ class MessagesBuilder:
         what = "PDF documents are" if source.type in ("base64", "url") else f"a source of type {source.type!r} is"
         raise bad(f"{where}.source.type", f"{what} not read here; send the document's text")
 
+    def _no_citations(self, block: wire.Block) -> None:
+        if isinstance(block.citations, dict) and block.citations.get("enabled"):
+            self._drop("citations")
+
     def _search_result(self, block: wire.Block, where: str) -> Part:
         if not isinstance(block.content, list):
             raise bad(f"{where}.content", "must be a list of text blocks")
+        self._no_citations(block)
         texts = [self._text(inner, f"{where}.content.{j}")["text"] for j, inner in enumerate(block.content)]
         source = block.source if isinstance(block.source, str) else None
         return {"type": "text", "text": "\n".join(text for text in (block.title, source, *texts) if text)}

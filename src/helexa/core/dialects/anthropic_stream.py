@@ -150,7 +150,7 @@ class Answer:
 
     def feed(self, data: bytes) -> bytes:
         """HOT, once per read: one decode and one template per event. Bench: bench/dialects."""
-        if not self._reader.pending and data.endswith(b"\n\n") and len(data) < _PIECE:
+        if not self._reader.pending and data.endswith(b"\n\n") and b"\r" not in data and len(data) < _PIECE:
             for block in data[:-2].split(b"\n\n"):  # whole events, as engines write them
                 self._block(block)
         else:

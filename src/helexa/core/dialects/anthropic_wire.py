@@ -41,6 +41,7 @@ class Block(msgspec.Struct):
     title: str | None = None
     context: str | None = None
     citations: Any = None
+    transformations: Any = None
 
 
 class Message(msgspec.Struct):
@@ -126,6 +127,8 @@ class Request(msgspec.Struct):
     compaction: Any = None
     thread: Any = None
     fallbacks: Any = None
+    fallback_credit_token: Any = None
+    billing_policy: Any = None
     diagnostics: Any = None
 
 
@@ -159,6 +162,8 @@ DROPPED: Final = (
     "inference_geo",
     "speed",
     "fallbacks",
+    "fallback_credit_token",
+    "billing_policy",
     "diagnostics",
 )
 # What such a field says when it asks for nothing out of the ordinary.
