@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from heapq import heapify, heappop
+from heapq import heapify, heappop, heappush
 from math import ceil, inf
+from typing import Final
 
 from helexa.cortex import eviction
 from helexa.cortex.eviction import FREE, Kept, Policy, Price, Resident
 from helexa.cortex.plans import Bar, DeviceView, Need, NodeView, NoPlan, Order, Plan, Reason, Wanted
+
+_ALIVE: Final = ("up", "suspect")
+_NO_RANK: Final = 2**31
 
 
 def plan(
@@ -25,8 +29,8 @@ def plan(
     """The best plan. drain: models in use may be victims too, which then have to finish first.
 
     1. Nodes where it fits as they are: no other can be cheaper.
-    2. The others in the order of a lower bound of their price (their cheapest victim's), until the bound passes the
-       best plan: 2 to 5 nodes are looked at closely, not all. Bench: bench/fleet.
+    2. The others in the order of a lower bound of their price, which is made tighter when its turn comes, until the
+       bound passes the best plan: a few nodes are looked at closely, not all. Bench: bench/fleet.
     3. None: why, for each node.
     """
     nodes = list(nodes)
@@ -34,7 +38,7 @@ def plan(
     full: list[NodeView] = []
     weighed = 0
     for node in nodes:
-        if _bar(node, wanted) is not None:
+        if node.state not in _ALIVE or (wanted.pinned_on and node.name not in wanted.pinned_on):
             continue
         seat = _seat(node, wanted, {})
         if seat is None:
@@ -43,18 +47,26 @@ def plan(
         weighed += 1
         if best is None or seat.left_mb <= best.left_mb or _lasts(node, wanted) < best.order[:2]:
             order = _order(node, wanted, FREE, seat.left_mb)
-            if best is None or order < best.order:
+            if (best is None or order < best.order) and _bar(node, wanted) is None:
                 best = _plan(node, wanted, seat, [], order)
     bounds: list[tuple[bool, bool, Price, int]] = []
     for at, node in enumerate(full):
         last = _lasts(node, wanted)
         if best is None or (*last, FREE) < best.order[:3]:
-            bound = _bound(node, wanted, policy, now, drain=drain)
-            if bound is not None:
-                bounds.append((*last, bound, at))
+            cheapest = _cheapest(node, wanted, policy, now, drain=drain)
+            if cheapest is not None:
+                bounds.append((*last, cheapest, at))
     heapify(bounds)
+    tight: set[int] = set()
     while bounds and (best is None or bounds[0][:3] <= best.order[:3]):
-        found = _by_evicting(full[heappop(bounds)[3]], wanted, policy, now, drain=drain)
+        suspect, fetches, cheapest, at = heappop(bounds)
+        if at not in tight:
+            tight.add(at)
+            bound = _bound(full[at], wanted, policy, now, cheapest, drain=drain)
+            if bound is not None:
+                heappush(bounds, (suspect, fetches, bound, at))
+            continue
+        found = _by_evicting(full[at], wanted, policy, now, drain=drain)
         weighed += 1
         if found is not None and (best is None or found.order < best.order):
             best = found
@@ -63,32 +75,56 @@ def plan(
     return replace(best, weighed=weighed)
 
 
-def _bound(node: NodeView, wanted: Wanted, policy: Policy, now: float, *, drain: bool) -> Price | None:
-    """HOT. A price that no plan for this full node can be below; None: nothing that may go makes it fit.
+def _cheapest(node: NodeView, wanted: Wanted, policy: Policy, now: float, *, drain: bool) -> Price | None:
+    """What the cheapest victim of a full node costs; None: nothing may go, or the node is barred."""
+    # HOT, once per resident of the fleet: the first test is why_kept's usual answer, without the call.
+    need = _need(node, wanted)
+    if need is None or node.name in wanted.avoid:
+        return None
+    total_mb = 0
+    for d in node.devices:
+        total_mb += d.total_mb or 0
+    if total_mb < need.total_mb:
+        return None
+    least_rank, least_score = _NO_RANK, inf
+    score_of, by_class, model, priority = policy.score, policy.by_class, wanted.model, wanted.priority
+    for r in node.residents:
+        if r.model == model:
+            return None
+        if r.in_use and not drain:
+            continue
+        if eviction.why_kept(r, policy, priority, now, drain=drain) is None:
+            score = 0.0 if r.copies > 1 else score_of(r, now)
+            if score < least_score:
+                least_score = score
+            if by_class:
+                least_rank = min(least_rank, r.priority)
+    if least_score == inf:
+        return None
+    return least_rank if by_class else 0, least_score
 
-    Its victims cost at least what the cheapest of all does, and at least the missing memory at the cheapest rate.
-    """
+
+def _bound(node: NodeView, wanted: Wanted, policy: Policy, now: float, cheapest: Price, *, drain: bool) -> Price | None:
+    """HOT. A price that no plan for this full node is below: the missing memory at the rate of the victim that gives
+    most for its score, where that is more than the cheapest victim. None: not even all of them make room."""
     need = _need(node, wanted)
     if need is None:
         return None
-    room = sum(d.room_mb for d in node.devices)
-    missing, held = need.total_mb - room, 0
-    least_rank, least_score, least_rate = 2**31, inf, inf
-    for resident in node.residents:
-        if eviction.why_kept(resident, policy, wanted.priority, now, drain=drain) is None:
-            rank, score = policy.price(resident, now)
-            mb = sum(resident.memory_mb.values())
+    missing, held, rate = need.total_mb, 0, inf
+    for d in node.devices:
+        missing -= d.room_mb
+    score_of, priority = policy.score, wanted.priority
+    for r in node.residents:
+        if not (r.in_use and not drain) and eviction.why_kept(r, policy, priority, now, drain=drain) is None:
+            mb = sum(r.memory_mb.values())
             held += mb
-            if rank < least_rank:
-                least_rank = rank
-            if score < least_score:
-                least_score = score
-            if score < least_rate * mb:
-                least_rate = score / mb
-    if held < missing or least_rank == 2**31:
+            score = 0.0 if r.copies > 1 else score_of(r, now)  # as Policy.price has it
+            if score < rate * mb:
+                rate = score / mb
+    if held < missing:
         return None
     # rounded down a little: a sum of floats may come out below what is at least its value
-    return least_rank, max(least_score, missing * least_rate * (1 - 1e-9)) if missing > 0 else least_score
+    return cheapest[0], max(cheapest[1], missing * rate * (1 - 1e-9))
 
 
 def weigh(
@@ -129,8 +165,14 @@ class _Seat:
 
 
 def _by_evicting(node: NodeView, wanted: Wanted, policy: Policy, now: float, *, drain: bool) -> Plan | None:
+    need = _need(node, wanted)
+    if need is None:
+        return None
+    missing = need.total_mb - sum(d.room_mb for d in node.devices)
     ordered = eviction.candidates(node.residents, policy, wanted.priority, now, drain=drain)
-    chosen = eviction.victims(ordered, lambda freed: _seat(node, wanted, freed) is not None)
+    chosen = eviction.victims(
+        ordered, lambda freed: sum(freed.values()) >= missing and _seat(node, wanted, freed) is not None
+    )
     if chosen is None:
         return None
     freed: dict[int, int] = {}
@@ -178,8 +220,34 @@ def _need(node: NodeView, wanted: Wanted) -> Need | None:
 
 
 def _seat(node: NodeView, wanted: Wanted, freed: Mapping[int, int]) -> _Seat | None:
-    """HOT. Where it would sit if so much more were free, by device."""
-    return _seat_in(node, wanted, [(d.room_mb + freed.get(d.index, 0), d.index) for d in _usable(node, wanted)])
+    """Where it would sit if so much more were free, by device."""
+    # HOT, once per node of the fleet: what has no wishes for its devices, and is not spread, is settled here.
+    plain = wanted.devices is None and wanted.min_devices <= 1 and wanted.tensor_parallel <= 1
+    need = wanted.need_on.get(node.name, wanted.need)
+    if plain and not wanted.min_device_vram_mb and need is not None:
+        whole, best, least, in_all, is_one_enough = need.total_mb, -1, -1, 0, False
+        for d in node.devices:
+            if d.free_mb is None or d.total_mb is None:
+                continue
+            room = d.free_mb - d.reserved_mb
+            if room < 0:
+                room = 0
+            if freed:
+                room = min(room + freed.get(d.index, 0), d.empty_mb)
+            in_all += room
+            if room < whole:
+                is_one_enough = is_one_enough or d.total_mb - d.strangers_mb >= whole
+            elif best < 0 or room < least:
+                best, least = d.index, room
+        if best >= 0:
+            return _Seat((best,), (whole,), least - whole)
+        if is_one_enough or in_all < whole:
+            return None
+    usable = _usable(node, wanted)
+    if not freed:
+        return _seat_in(node, wanted, [(d.room_mb, d.index) for d in usable])
+    # what models are thought to hold may come to more than the device has
+    return _seat_in(node, wanted, [(min(d.room_mb + freed.get(d.index, 0), d.empty_mb), d.index) for d in usable])
 
 
 def _usable(node: NodeView, wanted: Wanted) -> Sequence[DeviceView]:

@@ -71,7 +71,7 @@ class Need:
 
     @property
     def total_mb(self) -> int:
-        return sum(self.mb)
+        return self.mb[0] if len(self.mb) == 1 else sum(self.mb)
 
 
 @dataclass(frozen=True, slots=True)

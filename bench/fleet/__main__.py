@@ -1,0 +1,188 @@
+"""How well models are placed and evicted, and what that costs: `python -m bench.fleet [policies|turns|cost|all]`.
+
+Everything but the times of `cost` comes from the simulator (src/helexa/cortex/simulate), which runs the gateway's own
+placement, eviction, router and swapper. Rules were tuned on other seeds (from 1001) than the default ones here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from math import sqrt
+from pathlib import Path
+from random import Random
+from statistics import mean, stdev
+
+from bench.fleet import cost
+from bench.measure import machine, table
+from helexa.cortex.eviction import POLICIES
+from helexa.cortex.simulate.results import Results
+from helexa.cortex.simulate.rivals import best_fit, clairvoyant
+from helexa.cortex.simulate.simulation import Rules, Simulation
+from helexa.cortex.simulate.trace import Request
+from helexa.cortex.simulate.workloads import GB, Arrivals, W, Workload, drawn_models, drawn_nodes, generate, standard
+from helexa.cortex.simulate.world import Model, NodeSpec
+
+# 97.5 % points of Student's t, by degrees of freedom from 1.
+_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09)
+
+TARGETS = {  # cold starts against LRU, against the clairvoyant heuristic; mean wait against LRU
+    "W1": (0.93, 1.30, 1.03),
+    "W2": (1.00, 1.30, 1.03),
+    "W3": (0.88, 1.70, 1.03),
+    "W4": (1.00, 1.55, 1.03),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.fleet", description=__doc__)
+    parser.add_argument("what", nargs="?", default="all", choices=["policies", "turns", "cost", "all"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 11)))
+    parser.add_argument("--workloads", nargs="+", default=list(W), choices=list(W))
+    parser.add_argument("--plot", type=Path, help="where the growth of the costs is drawn (SVG)")
+    args = parser.parse_args()
+    print(f"{machine()}; seeds {' '.join(map(str, args.seeds))}\n")
+    if args.what in ("policies", "all"):
+        policies(args.workloads, args.seeds)
+    if args.what in ("turns", "all"):
+        turns()
+    if args.what in ("cost", "all"):
+        cost.show(args.plot)
+        day(args.seeds[0])
+
+
+def policies(workloads: Sequence[str], seeds: Sequence[int]) -> None:
+    """1. Cold starts and waiting against LRU, against the clairvoyant heuristic, and against another placement."""
+    against, absolute = [], []
+    for name in workloads:
+        runs: dict[str, list[Results]] = {"lru": [], "adaptive": [], "clairvoyant": [], "best fit": []}
+        for seed in seeds:
+            load = standard(name, seed)
+            for rules in (
+                Rules("lru", POLICIES["lru"]),
+                Rules("adaptive", POLICIES["adaptive"]),
+                Rules("clairvoyant", clairvoyant(load.requests)),
+                Rules("best fit", POLICIES["adaptive"], place=best_fit),
+            ):
+                runs[rules.name].append(run(load, rules))
+        ours = runs["adaptive"]
+        lru, known, wait = TARGETS[name]
+        against.append(
+            [
+                name,
+                f"{ratio(ours, runs['lru'], cold)} (<= {lru})",
+                f"{ratio(ours, runs['clairvoyant'], cold)} (<= {known})",
+                f"{ratio(ours, runs['lru'], lambda r: r.mean_wait_s)} (<= {wait})",
+                ratio(ours, runs["lru"], lambda r: r.load_seconds),
+                ratio(ours, runs["best fit"], loads) + (" (<= 0.5)" if name in ("W3", "W4") else ""),
+            ]
+        )
+        for rule, found in runs.items():
+            absolute.append(
+                [
+                    name,
+                    rule,
+                    *(
+                        f"{mean(map(figure, found)):,.{digits}f}"
+                        for figure, digits in (
+                            (cold, 0),
+                            (lambda r: r.copies, 0),
+                            (lambda r: r.evictions, 0),
+                            (lambda r: r.load_seconds, 0),
+                            (lambda r: r.mean_wait_s, 2),
+                            (lambda r: r.wait_s(0.5), 2),
+                            (lambda r: r.wait_s(0.99), 1),
+                            (lambda r: r.refused, 0),
+                            (lambda r: 100 * sum(n.mean_mb for n in r.nodes) / sum(n.total_mb for n in r.nodes), 0),
+                        )
+                    ),
+                ]
+            )
+    print("Ratios: mean over the seeds, with its 95 % interval. Placement is the same but in the last column.\n")
+    table(
+        ["", "cold starts / LRU", "/ clairvoyant", "mean wait / LRU", "load seconds / LRU", "loads / best fit's"],
+        against,
+    )
+    print("\nMeans over the seeds.\n")
+    head = [
+        "",
+        "rule",
+        "cold starts",
+        "copies",
+        "evictions",
+        "load s",
+        "wait mean",
+        "p50",
+        "p99",
+        "refused",
+        "memory %",
+    ]
+    table(head, absolute)
+    print()
+
+
+def cold(results: Results) -> float:
+    return results.cold_starts
+
+
+def loads(results: Results) -> float:
+    return results.cold_starts + results.copies
+
+
+def run(load: Workload, rules: Rules) -> Results:
+    return Simulation(load.nodes, load.models, load.requests, rules).run()
+
+
+def ratio(ours: Sequence[Results], theirs: Sequence[Results], figure: Callable[[Results], float]) -> str:
+    values = [figure(a) / figure(b) for a, b in zip(ours, theirs, strict=True)]
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    half = _T[min(len(values) - 2, len(_T) - 1)] * stdev(values) / sqrt(len(values))
+    return f"{mean(values):.3f} +- {half:.3f}"
+
+
+def turns() -> None:
+    """2. Two models by turns, 1 s apart, of which one fits; 12 s of load. In order, each request would be a load."""
+    count = 400
+    models = [Model(name, 10 * GB, service_s=0.2) for name in "ab"]
+    requests = [Request(float(i), "ab"[i % 2], 100, 100) for i in range(count)]
+    found = Simulation([NodeSpec("n", (10 * GB,), 1.0 * GB)], models, requests, Rules("adaptive")).run()
+    print(f"Two models by turns, one fits, {count} requests 1 s apart, 12 s of load:\n")
+    table(
+        ["", "loads", "wait mean", "p50", "p99", "refused"],
+        [
+            ["in order", str(count), "-", "-", "-", "-"],
+            [
+                "ours",
+                f"{found.cold_starts} (<= {count // 4})",
+                f"{found.mean_wait_s:.1f} (<= 25)",
+                f"{found.wait_s(0.5):.1f}",
+                f"{found.wait_s(0.99):.1f}",
+                str(found.refused),
+            ],
+        ],
+    )
+    print()
+
+
+def day(seed: int) -> None:
+    rng = Random(f"day/{seed}")
+    nodes, models = drawn_nodes(50, rng), drawn_models(200, rng)
+    rows = []
+    for name, arrivals in (
+        ("independent", Arrivals(10.0, 864_000)),
+        ("bursts", Arrivals(10.0, 864_000, zipf=0.8, bursts=True)),
+    ):
+        load = Workload(name, nodes, models, generate([m.id for m in models], arrivals, rng))
+        wall, cpu = time.perf_counter(), time.process_time()
+        found = run(load, Rules("adaptive"))
+        took, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        rows.append([name, f"{len(load.requests):,}", f"{took:.1f} (<= 60)", f"{cpu:.1f}", f"{found.cold_starts:,}"])
+    print("A day of 10 requests/s over 50 nodes and 200 models:\n")
+    table(["arrivals", "requests", "seconds", "CPU s", "cold starts"], rows)
+    print()
+
+
+if __name__ == "__main__":
+    main()
