@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections import deque
 from collections.abc import Awaitable
 from enum import Enum
 from time import monotonic
@@ -121,7 +120,7 @@ class Pair:
         self._body: list[bytes] = []
         self._buffer = b""
         self._held_head = b""
-        self._tail: deque[bytes] = deque(maxlen=8)
+        self._tail: list[bytes] = []
         self._cut = self._cut_progress = self._first_event = self._raw_ok = self._done_seen = False
         self._mend: Any = None
         self._translates = False
@@ -238,9 +237,12 @@ class Pair:
             and (part.endswith(b"\n\n") and not (self._cut and b'"usage":' in part) if part else connection.complete)
         ):
             self.write(data)
-            self._tail.append(part)
+            tail = self._tail
+            tail.append(part)
             if connection.complete:
                 self._finish(raw_end=True)
+            elif len(tail) > 64:
+                del tail[:-8]
         else:
             self.fast = False
             self._events(connection, part, data)
@@ -318,6 +320,7 @@ class Pair:
                 self._finish(raw_end=True)
             return
         self._tail.append(part)
+        del self._tail[:-8]
         if not self.head_sent:
             if not data and not connection.complete:
                 return
@@ -453,7 +456,7 @@ class Pair:
     def _finish(self, *, raw_end: bool) -> None:
         """The answer is whole. raw_end: its end went out with the bytes."""
         exchange = self.exchange
-        tail = b"".join(self._tail)
+        tail = b"".join(self._tail[-8:])
         if self.phase is Phase.STREAM:
             if tail:
                 scan.settle_stream(exchange, tail)

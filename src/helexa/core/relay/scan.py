@@ -17,6 +17,7 @@ from helexa.core.relay.contract import Exchange, Usage
 _USAGE = b'"usage":'
 _TIMINGS = b'"timings":'
 _FINISH = b'"finish_reason":"'
+_SHORT = 4096
 _TELLING = (_USAGE, _TIMINGS, b'"finish_reason":', b'"error":')
 _OBJECT = re.compile(rb"\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})")
 
@@ -123,6 +124,9 @@ def note(exchange: Exchange, found: Chunk) -> None:
 
 def settle_whole(exchange: Exchange, tail: bytes) -> None:
     """The same from the end of an answer in one piece; `tail` may lack its beginning (embeddings are megabytes)."""
+    if len(tail) <= _SHORT and (found := try_decode(_chunks, tail)) is not None:
+        note(exchange, found)  # for a short answer quicker than the search
+        return
     if (raw := _object_after(tail, _USAGE)) is not None:
         usage = try_decode(_usages, raw)
         exchange.usage = usage.known() if usage is not None else None

@@ -183,12 +183,11 @@ class ClientConnection(asyncio.Protocol):
         "_lower",
         "_parts",
         "_pipelined",
+        "_rare",
         "_raw",
         "_refusal",
         "_size",
         "_t_head",
-        "_upgrade",
-        "_version",
         "address",
         "cycle",
         "director",
@@ -228,8 +227,7 @@ class ClientConnection(asyncio.Protocol):
         self._lower = b""
         self._parts: list[bytes] = []
         self._size = 0
-        self._announced = self._complete = self._pipelined = self._upgrade = False
-        self._version = ""
+        self._announced = self._complete = self._pipelined = self._rare = False
         self._refusal: HelexaError | None = None
         self._deadline = monotonic() + self.server.timeouts.idle_s
 
@@ -321,15 +319,15 @@ class ClientConnection(asyncio.Protocol):
         if self._pipelined or self._refusal is not None:
             return
         parser = self.parser
-        self._version = parser.get_http_version()
-        self.http11 = self._version == "1.1"
+        version = parser.get_http_version()
+        self.http11 = version == "1.1"
         self.keep = parser.should_keep_alive()  # valid only inside callbacks
-        self._upgrade = parser.should_upgrade()
         end = self._raw.find(b"\r\n\r\n")
         self.head = self._raw[: end + 4]
         self._raw = b""
         self._lower = self.head.lower()
-        self._refusal = wire.refusal(self.head, self._lower, self._version, upgrade=self._upgrade)
+        self._rare = wire.has_rare(self._lower)
+        self._refusal = wire.refusal(self.head, self._lower, version, upgrade=parser.should_upgrade(), rare=self._rare)
 
     def _await_body(self) -> None:
         """The head is here and the body is not, or not all of it: is it welcome?"""
@@ -337,7 +335,7 @@ class ClientConnection(asyncio.Protocol):
         length = wire.value_of(self.head, self._lower, b"content-length:")
         if length is not None and int(length) > self.server.body_limit:
             self._refusal = self._too_large(int(length))
-        elif b"\r\nexpect:" in self._lower and self.http11:
+        elif self._rare and b"\r\nexpect:" in self._lower and self.http11:
             self.write(wire.CONTINUE)
 
     def _too_large(self, size: int) -> HelexaError:
@@ -367,7 +365,7 @@ class ClientConnection(asyncio.Protocol):
         parts = self._parts
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         self._parts = []
-        given = wire.value_of(self.head, self._lower, b"x-request-id:") if b"x-request-id" in self._lower else None
+        given = wire.value_of(self.head, self._lower, b"x-request-id:") if self._rare else None
         request_id = given.decode() if given is not None and wire.good_request_id(given) else server.new_id()
         path = target.partition(b"?")[0] if b"?" in target else target
         endpoint = server.endpoints.get(path) if method == b"POST" else None
@@ -398,8 +396,8 @@ class ClientConnection(asyncio.Protocol):
             wants_usage = peek.stream_options is not None and peek.stream_options.include_usage is True
         extra = self._client_line + request_id.encode() + b"\r\n"
         lower = self._lower
-        if b"\r\ntraceparent:" in lower:
-            extra += b"traceparent: " + (wire.value_of(self.head, lower, b"traceparent:") or b"") + b"\r\n"
+        if self._rare and (trace := wire.value_of(self.head, lower, b"traceparent:")) is not None:
+            extra += b"traceparent: " + trace + b"\r\n"
         if server.inside:
             named = wire.value_of(self.head, lower, b"x-helexa-model:")
             if named is not None:

@@ -36,6 +36,7 @@ STATUS_LINES: Final[dict[int, bytes]] = {s.value: f"HTTP/1.1 {s.value} {s.phrase
 _PASSED_BACK: Final = re.compile(
     rb"\r\n((?:content-type|retry-after|cache-control|x-accel-buffering|x-helexa-[a-z-]+):[^\r\n]*)", re.IGNORECASE
 )
+_RARE: Final = re.compile(rb"\r\n(?:transfer-encoding|expect|content-encoding|x-request-id|traceparent):")
 _CONTENT_TYPE: Final = re.compile(rb"(?im)^content-type:[^\r\n]*\r\n")
 _GOOD_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
@@ -53,20 +54,28 @@ def value_of(head: bytes, lower: bytes, name: bytes) -> bytes | None:
     return head[start : head.index(b"\r\n", start)].strip(b" \t")
 
 
-def refusal(head: bytes, lower: bytes, version: str, *, upgrade: bool) -> HelexaError | None:
-    """Why a validated request head is refused all the same; None if it is not. HOT: finds only.
+def has_rare(lower: bytes) -> bool:
+    """Whether a head (in lower case) has any of the lines that few clients send and that want a closer look. One
+    search for all of them costs what one `in` costs."""
+    return _RARE.search(lower) is not None
 
-    head ends with its blank line.
+
+def refusal(head: bytes, lower: bytes, version: str, *, upgrade: bool, rare: bool) -> HelexaError | None:
+    """Why a validated request head is refused all the same; None if it is not. HOT.
+
+    head ends with its blank line; rare: what `has_rare` says of it.
     """
     if version not in ("1.1", "1.0"):
         return VersionNotSupported(f"HTTP/{version} is not spoken here; use HTTP/1.1")
-    if len(head) > MAX_HEAD_BYTES or head.count(b"\r\n") > MAX_HEADERS + 2:
+    if len(head) > MAX_HEAD_BYTES or head.count(b"\n") > MAX_HEADERS + 2:
         return HeadTooLarge(f"The request's head is over {MAX_HEAD_BYTES >> 10} kB or {MAX_HEADERS} headers")
     hosts = lower.count(b"\r\nhost:")
     if hosts > 1 or (not hosts and version == "1.1"):
         return BadRequest("A request needs exactly one Host header")
     if upgrade or head.startswith(b"CONNECT "):
         return BadRequest("Upgrade and CONNECT are not supported here")
+    if not rare:
+        return None
     if b"\r\ntransfer-encoding:" in lower:
         if version == "1.0":
             return VersionNotSupported("Transfer-Encoding does not exist in HTTP/1.0; use HTTP/1.1")
