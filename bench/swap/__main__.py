@@ -37,7 +37,8 @@ SETTLED_S: Final = 0.3
 # The engine without any of us but for the options: import, then the load itself.
 BARE: Final = """
 import json, sys, time
-from helexa.neuron.harness.llama.engine import build_params
+from helexa.neuron.harness.llama.engine import build_params, warm
+warm()
 spec = json.load(open(sys.argv[1])) | {"socket": sys.argv[2]}
 params = build_params(spec)
 import xllamacpp
