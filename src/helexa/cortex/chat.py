@@ -145,25 +145,29 @@ class Printer:
     def __init__(self) -> None:
         self._is_terminal = sys.stdout.isatty()
         self._dim = False
+        self._in_line = False
 
     def write(self, piece: str, is_reasoning: bool) -> None:
         if not self._is_terminal:
             if not is_reasoning:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                self._put(piece)
             return
         if is_reasoning != self._dim:
             sys.stdout.write(_DIM if is_reasoning else f"{_PLAIN}\n")
             self._dim = is_reasoning
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        self._put(piece)
 
     def end(self) -> None:
         if self._dim:
             sys.stdout.write(_PLAIN)
             self._dim = False
-        sys.stdout.write("\n")
+        if self._in_line:
+            self._put("\n")
+
+    def _put(self, piece: str) -> None:
+        sys.stdout.write(piece)
         sys.stdout.flush()
+        self._in_line = not piece.endswith("\n")
 
 
 def ask_stoppable(chat: Chat, text: str) -> Answer:
@@ -189,7 +193,10 @@ def ask_stoppable(chat: Chat, text: str) -> Answer:
 def converse(chat: Chat) -> int:
     """The loop of `cortex chat`; the exit code."""
     if not sys.stdin.isatty():
-        answer = ask_stoppable(chat, sys.stdin.read().strip())
+        text = sys.stdin.read().strip()
+        if not text:
+            raise CommandFailed("nothing was asked: stdin is empty", 2)
+        answer = ask_stoppable(chat, text)
         sys.stderr.write(f"[{answer.figures()}]\n")
         return 130 if answer.stopped else 0
     import readline  # noqa: F401 - history and line editing for input()

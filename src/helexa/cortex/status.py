@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -80,6 +81,8 @@ def render(fleet: Mapping[str, Any], url: str, at: datetime) -> RenderableType:
     parts += [Text(f"! {warning}", style="yellow") for warning in fleet.get("warnings", ())]
     for node in fleet["nodes"]:
         parts += [Text(), *_node(node, at)]
+    if not fleet["nodes"]:
+        parts += [Text(), Text("no nodes: name them under [[neurons]] in cortex.toml, or try `cortex up`", style="dim")]
     if fleet["models"]:
         parts += [Text(), models_table(fleet["models"])]
     return Group(*parts)
@@ -88,7 +91,8 @@ def render(fleet: Mapping[str, Any], url: str, at: datetime) -> RenderableType:
 def models_table(entries: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("MODEL", "STATUS", "NODES", "CONTEXT", "CAN", "ALSO"):
-        table.add_column(name, justify="right" if name == "CONTEXT" else "left")
+        # folded and never cut: an id is there to be typed
+        table.add_column(name, justify="right" if name == "CONTEXT" else "left", overflow="fold")
     for entry in entries:
         status = entry["status"]["value"]
         context = entry.get("max_model_len")
@@ -144,6 +148,9 @@ def _node(node: Mapping[str, Any], at: datetime) -> Iterator[RenderableType]:
     active = [m for m in node["models"] if m["status"] != "unloaded"]
     if active:
         yield _node_models(active)
+    for info in active:
+        if error := info.get("error"):
+            yield Padding(Text(f"{info['id']}: {error}", style="red"), (0, 0, 0, 2))
 
 
 def _device(device: Mapping[str, Any], health: Mapping[str, Any]) -> Text:
@@ -168,18 +175,17 @@ def _device(device: Mapping[str, Any], health: Mapping[str, Any]) -> Text:
 
 def _node_models(active: list[dict[str, Any]]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
-    for _ in range(5):
-        table.add_column()
+    for _ in range(4):
+        table.add_column(overflow="fold")
     for info in active:
         running, queued = info.get("active_requests"), info.get("queued_requests")
         work = [f"{running} running" if running else "", f"{queued} queued" if queued else ""]
         memory = info.get("vram_used_mb")
         table.add_row(
-            f"  {info['id']}",
+            Padding(info["id"], (0, 0, 0, 2)),
             Text.assemble(_state(info["status"]), percent(info.get("progress"))),
             f"{memory / 1024:.1f} GB" if memory else "",
             ", ".join(filter(None, work)),
-            Text(info.get("error") or "", style="red"),
         )
     return table
 

@@ -250,11 +250,17 @@ def test_a_text_on_stdin_is_asked_once_and_only_the_answer_is_on_stdout(tmp_path
     run(scenario())
 
 
+def test_nothing_on_stdin_asks_nothing() -> None:
+    done = cortex_command("chat", "small", stdin="\n")
+    assert (done.code, done.out) == (2, "")
+    assert "stdin is empty" in done.err
+
+
 def test_an_answer_that_cannot_be_had_is_one_line_and_1(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with site(tmp_path, ServingNeuron()) as gateway:
             done = await ask(gateway, "chat", "nobody", stdin="Hi")
-            assert (done.code, "Traceback" in done.err) == (1, False)
+            assert (done.code, done.out, "Traceback" in done.err) == (1, "", False)
             assert "no model is called 'nobody'" in done.err
 
     run(scenario())

@@ -13,8 +13,8 @@ from helexa.cortex.status import age, bar, models_table, render
 NOW = datetime(2026, 11, 24, 12, 0, tzinfo=UTC)
 
 
-def shown(what: Any) -> str:
-    console = Console(width=160, no_color=True)
+def shown(what: Any, width: int = 160) -> str:
+    console = Console(width=width, no_color=True)
     with console.capture() as capture:
         console.print(what)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
@@ -88,6 +88,19 @@ def test_models_are_listed_with_nodes_context_and_what_they_can() -> None:
     text = shown(models_table([entry, {"id": "bare", "status": {"value": "unloaded"}}]))
     assert "Qwen/Qwen3-8B  loaded    beast benjy (down)   32,768  chat, tools  small" in text
     assert "bare           unloaded" in text
+
+
+def test_a_long_id_is_never_cut_and_an_error_has_a_line_of_its_own() -> None:
+    long = "owner/" + "a-name-with-a-long-tail-" * 3 + "GGUF:Q4_K_M"
+    failed = {"id": long, "status": "failed", "error": "the file is not whole"}
+    listed = {"id": long, "status": {"value": "failed"}, "nodes": [{"name": "beast", "status": "failed"}]}
+    text = shown(render(view(node(models=[failed]), models=[listed]), "u", NOW), width=80)
+    assert "…" not in text
+    assert "GGUF:Q4_K_M: the file is not whole" in "".join(line.strip() for line in text.splitlines())
+
+
+def test_without_nodes_it_says_where_they_are_named() -> None:
+    assert "[[neurons]]" in shown(render(view(), "u", NOW))
 
 
 @pytest.mark.parametrize(
