@@ -192,7 +192,52 @@ def check(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     sys.exit(0 if ok else 1)
 
 
-def _settings(path: Path | None) -> tuple[CortexSettings, Catalogue, Path | None]:
+@app.command()
+def simulate(
+    fleet: Annotated[
+        Path | None,
+        typer.Option("--fleet", envvar="CORTEX_CONFIG", help="cortex.toml; its nodes are asked what they have."),
+    ] = None,
+    models: Annotated[Path | None, typer.Option(help="models.toml; none: the one that cortex.toml names.")] = None,
+    node: Annotated[
+        list[str] | None, typer.Option(help="Describe a node, or add one: beast=24GB+24GB@2 (GB/s of load).")
+    ] = None,
+    add_node: Annotated[
+        list[str] | None, typer.Option(help="A further row with this node as well: 24GB, or as in --node.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="JSON lines: t, model, prompt_tokens, output_tokens.")] = None,
+    rate: Annotated[float, typer.Option(min=1e-4, max=1e4, help="Without a trace: requests a second.")] = 0.2,
+    hours: Annotated[float, typer.Option(min=0.01, max=1e4, help="Without a trace: for how long.")] = 24.0,
+    zipf: Annotated[float, typer.Option(min=0.0, max=5.0, help="How uneven models are asked for; 0: evenly.")] = 1.0,
+    bursts: Annotated[bool, typer.Option("--bursts", help="Conversations with a daily cycle.")] = False,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 1,
+    compare: Annotated[bool, typer.Option("--compare", help="Other policies beside the configured one.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Draw waiting and memory into this file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Play a trace, or a generated load, over a fleet that is described, with the gateway's own rules."""
+    from helexa.cortex.client import CommandFailed
+    from helexa.cortex.simulate.command import Load
+    from helexa.cortex.simulate.command import simulate as run
+
+    settings, catalogue, _ = _settings(fleet, models)
+    load = Load(trace, rate, hours, zipf, bursts, seed)
+    try:
+        run(
+            settings,
+            catalogue,
+            load,
+            described=node or (),
+            added=add_node or (),
+            compare=compare,
+            picture=svg,
+            as_json=as_json,
+        )
+    except OSError as err:
+        raise CommandFailed(str(err), 2) from err
+
+
+def _settings(path: Path | None, models: Path | None = None) -> tuple[CortexSettings, Catalogue, Path | None]:
     from helexa.core.catalogue import Catalogue, load_catalogue
     from helexa.core.config import ConfigError, find_catalogue, load_cortex
 
@@ -201,7 +246,7 @@ def _settings(path: Path | None) -> tuple[CortexSettings, Catalogue, Path | None
 
     try:
         settings = load_cortex(path, os.environ, warn)
-        catalogue_path = find_catalogue(settings, path)
+        catalogue_path = models or find_catalogue(settings, path)
         catalogue = Catalogue() if catalogue_path is None else load_catalogue(catalogue_path, warn)
     except ConfigError as err:
         fail(str(err), 2)

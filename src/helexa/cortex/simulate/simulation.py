@@ -28,14 +28,18 @@ if TYPE_CHECKING:
 
 DRAIN_AFTER_S: Final = 15.0  # 10 to 30 s are equally good, at once costs 4 %
 LOOK_AGAIN_S: Final = 1.0  # for room, while everything is in use
-COPY_AT_QUEUE: Final = 4  # at 1 a second copy only costs
+COPY_AT_QUEUE: Final = 4  # a second copy into free room; at 1 it only costs
+# A copy in place of what is cold. Without it a saturated model of a full fleet keeps its queue for hours: on W4 waiting
+# falls from 20 s to 0.2 s in the mean for 2 % more loads. At 4 those are 9 %.
+DISPLACE_AT_QUEUE: Final = 16
 
 Placer = Callable[..., Plan | NoPlan]  # placement.plan, or what it is compared with
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What is compared. copies: a second copy of a model whose queue is long, where there is room for it."""
+    """What is compared. copies: a second copy of a model whose queue is long, where there is room for it; from
+    displace_at_queue on also where something has to go for it."""
 
     name: str
     policy: Policy = POLICIES["adaptive"]
@@ -43,6 +47,7 @@ class Rules:
     wait_s: float = 600.0
     queue: int = 10**9
     copies: bool = True
+    displace_at_queue: float = DISPLACE_AT_QUEUE
 
 
 class Simulation:
@@ -108,7 +113,7 @@ class Simulation:
         else:
             replica.waiting.append(number)
             if len(replica.waiting) >= COPY_AT_QUEUE and self._rules.copies:
-                self._copy(model)
+                self._copy(model, may_displace=len(replica.waiting) >= self._rules.displace_at_queue)
         return True
 
     def _start(self, number: int, replica: SimReplica) -> None:
@@ -188,13 +193,13 @@ class Simulation:
     def _views(self) -> list[NodeView]:
         return [node.view or node.as_seen(self._now) for node in self._nodes.values()]
 
-    def _copy(self, model: SimModel) -> None:
-        """Another one, only into free room."""
+    def _copy(self, model: SimModel, *, may_displace: bool) -> None:
+        """Another one; into free room, unless it may displace something."""
         held = len(model.live) + model.loading
         if model.loading or held >= (model.spec.max_replicas or inf):
             return
         found = self._plan(model.wanted)
-        if isinstance(found, Plan) and not found.victims:
+        if isinstance(found, Plan) and (may_displace or not found.victims):
             self._copies += 1
             self._load(found)
 

@@ -79,12 +79,25 @@ def test_who_waits_too_long_is_refused() -> None:
     assert found.refused == 1
 
 
-def test_a_second_copy_is_made_of_a_queue_only_into_free_room() -> None:
-    crowd = asked(*[(100 + i / 100, "a") for i in range(40)])
+def crowd(size: int) -> list[Request]:
+    """One early request, so that the model is loaded when the rest comes."""
+    return asked((0, "a"), *[(100 + i / 100, "a") for i in range(size)])
+
+
+def test_a_second_copy_is_made_of_a_queue_where_there_is_room() -> None:
     nodes = [*ONE_POOL, NodeSpec("m", (10 * GB,), 1.0 * GB)]
-    warm = asked((0, "a"))
-    assert run(warm + crowd, [small("a", 8, service_s=30)], nodes=nodes).copies == 1
-    assert run(warm + crowd, [small("a", 8, service_s=30)]).copies == 0
+    assert run(crowd(14), [small("a", 8, service_s=30)], nodes=nodes).copies == 1
+    assert run(crowd(11), [small("a", 8, service_s=30)], nodes=nodes).copies == 0  # 8 run, 3 wait
+    assert run(crowd(14), [small("a", 8, service_s=30)]).copies == 0
+
+
+def test_only_a_long_queue_takes_the_place_of_another_model() -> None:
+    nodes = [*ONE_POOL, NodeSpec("m", (9 * GB,), 1.0 * GB)]
+    models = [small("a", 8, service_s=30), small("b", 8)]
+    first = asked((0, "a"), (1, "b"))
+    for size, copies in ((20, 0), (40, 1)):
+        found = run([*first, *crowd(size)[1:]], models, nodes=nodes)
+        assert (found.copies, found.evictions) == (copies, copies)
 
 
 def test_two_models_in_turn_are_served_in_batches() -> None:
