@@ -66,6 +66,7 @@ class FakeNeuron:
             "/version": self._version,
             "/events": self._events,
             "/models/load": self._load,
+            "/models/estimate": self._estimate,
             "/models/unload": self._unload,
         }
         routes = [Route(p, self._guarded(p, f), methods=["GET", "POST"]) for p, f in paths.items()]
@@ -176,6 +177,13 @@ class FakeNeuron:
                 self._listeners.discard(queue)
 
         return StreamingResponse(frames(), media_type="text/event-stream")
+
+    async def _estimate(self, request: Request) -> Response:
+        order = msgspec.json.decode(await request.body(), type=LoadRequest)
+        if order.id not in self.needs_mb:
+            return _error(404, code="model_not_found", message=f"{order.id} is not on this node's disk")
+        part = {"index": 0, "weights_mb": self.needs_mb[order.id], "kv_mb": 0, "overhead_mb": 0}
+        return _json({"fits": True, "devices": [part]})
 
     async def _load(self, request: Request) -> Response:
         order = msgspec.json.decode(await request.body(), type=LoadRequest)

@@ -41,9 +41,12 @@ class Discovery(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class DeviceHealth(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """vram_limit_mb: what models may have of it in all, where that is less than the device has."""
+
     index: int
     vram_used_mb: int | None = None
     vram_free_mb: int | None = None
+    vram_limit_mb: int | None = None
     utilization_pct: float | None = None
     temp_c: float | None = None
     error: str | None = None

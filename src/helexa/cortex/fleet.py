@@ -32,6 +32,8 @@ log = logs.get("cortex.fleet")
 NodeState = Literal["up", "suspect", "down", "draining"]
 
 MISSES_UNTIL_DOWN: Final = 2
+# What comes before loaded; a drain that ran out, back from unloading, is no new load.
+_COMING: Final = frozenset({"unloaded", "downloading", "loading", "recovering", "failed"})
 NAME_SHOWN: Final = 200  # characters of an unknown name that an error repeats, and that are compared
 
 
@@ -39,30 +41,44 @@ class Replica:
     """One model loaded on one node. Lives as long as the node lists the model, so that counts outlast a reload.
 
     model_id is the gateway's; the node's own name for it, which a request must bear, is `info.id`.
+
+    requests:  how many it was given, ever
+    others:    requests there that are not ours, when the node last told: another gateway's, or a person's
+    loaded_at: monotonic, where we saw it become loaded; 0.0: it was before
     """
 
-    __slots__ = ("inflight", "info", "last_used", "model_id", "node")
+    __slots__ = ("inflight", "info", "last_used", "loaded_at", "model_id", "node", "others", "requests")
 
     def __init__(self, node: Node, model_id: str, info: ModelInfo) -> None:
         self.node = node
         self.model_id = model_id
         self.info = info
         self.inflight = 0
+        self.requests = 0
+        self.others = 0
+        self.loaded_at = 0.0
         self.last_used = 0.0  # monotonic; 0.0: not yet by us
 
     def begin(self, now: float) -> None:
         """HOT. A request goes there."""
         self.inflight += 1
+        self.requests += 1
         self.last_used = now
 
     def end(self, now: float) -> None:
         """HOT. It is over: a long stream was no idle time."""
         self.inflight -= 1
         self.last_used = now
+        if not self.inflight and self.node.on_idle is not None:
+            self.node.on_idle()
 
 
 class Node:
-    """One neuron. models: by the gateway's ids, the nearest to an answer where two listings are one file."""
+    """One neuron. models: by the gateway's ids, the nearest to an answer where two listings are one file.
+
+    polled_at: monotonic time at which the last poll that it answered was sent
+    on_idle:   called when the last of our requests to one of its models has ended
+    """
 
     __slots__ = (
         "by_name",
@@ -75,6 +91,8 @@ class Node:
         "misses",
         "models",
         "name",
+        "on_idle",
+        "polled_at",
         "replicas",
         "requests_failed",
         "since",
@@ -94,6 +112,8 @@ class Node:
         self.misses = MISSES_UNTIL_DOWN
         self.requests_failed = False
         self.is_draining = False
+        self.polled_at = 0.0
+        self.on_idle: Callable[[], None] | None = None
         self.discovery: Discovery | None = None
         self.health: NodeHealth | None = None
         self.version: dict[str, Any] | None = None
@@ -212,6 +232,7 @@ class Fleet:
     def saw_poll(self, node: Node, *, models: Iterable[ModelInfo], health: NodeHealth, started: float) -> None:
         """A whole answer to a poll that was sent at `started` (monotonic)."""
         node.health = health
+        node.polled_at = started
         node.is_draining = health.status == "draining"
         changed = self._replace_models(node, models, started)
         node.misses, node.requests_failed, node.last_error = 0, False, None
@@ -279,10 +300,17 @@ class Fleet:
         self.doubt(replica.node)
 
     def mark(
-        self, node: Node, name: str, status: ModelStatus, *, error: str | None = None, asked: float | None = None
+        self,
+        node: Node,
+        name: str,
+        status: ModelStatus,
+        *,
+        error: str | None = None,
+        asked: float | None = None,
+        active: int | None = None,
     ) -> None:
         """What an action of ours did to the model that the node calls `name`. asked: when the action was sent; an
-        event that came since then knows better and stands."""
+        event that came since then knows better and stands. active: requests that the node says run there."""
         if asked is not None and node.touched.get(name, 0.0) > asked:
             return
         node.touched[name] = time.monotonic()
@@ -291,7 +319,11 @@ class Fleet:
             info = ModelInfo(id=name, status=status, error=error)
         else:
             info = msgspec.structs.replace(old, status=str(status), error=error, progress=None)
-        self._settle(node, self._put(node, info))
+        changed = self._put(node, info, told=False)
+        replica = node.replicas.get(node.filed[name])
+        if replica is not None and active is not None:
+            replica.others = max(0, active - replica.inflight)
+        self._settle(node, changed)
 
     def close(self) -> None:
         for node in self.nodes.values():
@@ -313,8 +345,12 @@ class Fleet:
             changed |= self._drop(node, name)
         return changed
 
-    def _put(self, node: Node, info: ModelInfo) -> set[str]:
+    def _put(self, node: Node, info: ModelInfo, *, told: bool = True) -> set[str]:
+        """told: by the node itself, just now."""
         model_id = self._names.of(info)
+        replica = node.replicas.get(model_id)
+        if told and replica is not None:
+            replica.others = max(0, (info.active_requests or 0) + (info.queued_requests or 0) - replica.inflight)
         changed: set[str] = set()
         if node.filed.get(info.id, model_id) != model_id:  # its source, and so its id, is known only now
             changed = self._drop(node, info.id)
@@ -342,13 +378,19 @@ class Fleet:
         listings = node.by_name.get(model_id)
         if listings:
             info = max(listings.values(), key=lambda i: (status_rank(i.status), i.id == model_id))
+            before = node.models.get(model_id)
             node.models[model_id] = info
             self._where.setdefault(model_id, {})[node.name] = node
             replica = node.replicas.get(model_id)
             if replica is not None:
+                if info.status == ModelStatus.LOADED and replica.info.status in _COMING:
+                    replica.loaded_at = time.monotonic()
                 replica.info = info
             elif info.status == ModelStatus.LOADED:
-                node.replicas[model_id] = Replica(node, model_id, info)
+                node.replicas[model_id] = replica = Replica(node, model_id, info)
+                replica.others = (info.active_requests or 0) + (info.queued_requests or 0)
+                if before is not None and before.status in _COMING:
+                    replica.loaded_at = time.monotonic()
         else:
             node.models.pop(model_id, None)
             nodes = self._where.get(model_id, {})

@@ -22,6 +22,7 @@ from helexa.core.errors import (
     Overloaded,
 )
 from helexa.cortex.fleet import Fleet, Node
+from helexa.cortex.plans import Bar, Reason
 from helexa.cortex.swapper import Failure, Kind
 
 # The node's `error.code` first, since a status alone says too little; then the status.
@@ -37,7 +38,19 @@ _BY_CODE: Final[dict[str, Kind]] = {
 # 400: an option of this profile; 403, 404: a source that this node may not or cannot get.
 _BY_STATUS: Final[dict[int, Kind]] = {400: Kind.NEVER, 403: Kind.NEVER, 404: Kind.NEVER, 422: Kind.NEVER}
 
+_BY_BAR: Final[dict[Bar, Kind]] = {
+    Bar.NEVER: Kind.NEVER,
+    Bar.PINNED: Kind.PINNED,
+    Bar.NOT_NOW: Kind.NO_ROOM,
+    Bar.AWAY: Kind.GONE,
+}
+
 _REASON_CHARS: Final = 600
+
+
+def of_reasons(reasons: Iterable[Reason]) -> tuple[Failure, ...]:
+    """Why a placement did not find room, as what stands against each node."""
+    return tuple(Failure(r.node, _BY_BAR[r.bar], r.text, {"pins": r.pins} if r.pins else {}) for r in reasons)
 
 
 def read_refusal(node: str, status: int, body: bytes) -> Failure:
@@ -77,7 +90,7 @@ def no_place(fleet: Fleet, model_id: str, failures: Sequence[Failure], retry_aft
 
     1. Memory is in the way somewhere: the fleet is full, with what holds it.
     2. A load was tried and failed, or a node died in it: that reason.
-    3. Every node that may hold it said that it never can: the model is not servable.
+    3. Every node that may hold it never can, or holds pinned models in its place: the model is not servable.
     4. The nodes that may hold it are not alive.
     """
     retry = max(1, ceil(retry_after_s))
@@ -94,13 +107,17 @@ def no_place(fleet: Fleet, model_id: str, failures: Sequence[Failure], retry_aft
     if kinds & {Kind.FAILED, Kind.BUSY}:
         return LoadFailed(f"{model_id} could not be loaded: {told}", retry_after_s=retry)
     absent = _absent(fleet, model_id, {f.node for f in failures})
-    if kinds == {Kind.NEVER} and not absent:
-        return ModelNotServable(f"no node can ever serve {model_id}: {told}", param="model")
+    if kinds and kinds <= {Kind.NEVER, Kind.PINNED} and not absent:
+        pins = dict.fromkeys(pin for f in failures for pin in f.details.get("pins", ()))
+        message = f"no node can ever serve {model_id}: {told}"
+        if Kind.PINNED in kinds:
+            message = f"no node can serve {model_id} beside what is pinned ({', '.join(pins)}): {told}"
+        return ModelNotServable(message, param="model", details={"pins": list(pins)} if pins else None)
     profile = fleet.profiles.get(model_id)
     if profile is not None and profile.pinned_on and not set(profile.pinned_on) & fleet.nodes.keys():
-        pins = ", ".join(profile.pinned_on)
+        names = ", ".join(profile.pinned_on)
         return ModelNotServable(
-            f"{model_id} is pinned on {pins}, and no node of that name is configured; mend pinned_on in models.toml",
+            f"{model_id} is pinned on {names}, and no node of that name is configured; mend pinned_on in models.toml",
             param="model",
         )
     where = "no node that could serve it is alive" if fleet.nodes else fleet.why_no_node().rstrip(".")
@@ -116,7 +133,7 @@ def on_node(model_id: str, failure: Failure) -> HelexaError:
             return Conflict(message, code="insufficient_memory", details=failure.details)
         case Kind.DIFFERENT:
             return Conflict(message, code="loaded_differently")
-        case Kind.NEVER:
+        case Kind.NEVER | Kind.PINNED:
             return NeverLoads(message, details=failure.details)
         case Kind.GONE:
             return NoNode(message)

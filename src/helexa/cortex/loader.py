@@ -1,21 +1,18 @@
-"""Carries out what the swapper decides: asks nodes to load and unload, follows a load until it is over, wakes those who
-wait. All calls come from the loop; `ensure`, `load` and `unload` wait, nothing else does.
+"""Carries out what the swapper decides: finds a place, makes room, loads, wakes those who wait. All calls come from the
+loop; `ensure`, `load` and `unload` wait, nothing else does.
 
-A load that is under way anywhere, whoever began it, is followed and never begun a second time. What an action of ours
-did is written into the fleet's view at once.
+Where a model goes and what goes for it is `placement`'s answer over the `Survey` of the fleet. A load that is under way
+anywhere, whoever began it, is followed and never begun a second time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from typing import Final
-
-import msgspec
+from itertools import count
+from typing import Any, Final
 
 from helexa.core import logs
 from helexa.core.config import CortexSettings
@@ -26,21 +23,28 @@ from helexa.core.errors import (
     NoNode,
     Overloaded,
     ShuttingDown,
-    UpstreamError,
     nearest,
 )
-from helexa.core.lifecycle import LoadRequest, ModelInfo, ModelStatus, UnloadRequest
-from helexa.cortex import load_failures, swapper
+from helexa.core.lifecycle import Estimate, ModelInfo, ModelStatus
+from helexa.cortex import load_failures, placement, swapper
+from helexa.cortex.eviction import POLICIES
 from helexa.cortex.fleet import Fleet, Node
+from helexa.cortex.needs import Make
+from helexa.cortex.orders import HELD, Orders, status_on
+from helexa.cortex.plans import Bar, NoPlan, Plan, Wanted
 from helexa.cortex.standing import UNDER_WAY, Standing
-from helexa.cortex.swapper import Failure, Kind, Waiter
+from helexa.cortex.survey import Survey, make_of, more_than
+from helexa.cortex.swapper import Failure, Kind, Phase, Waiter
 
 log = logs.get("cortex.loader")
 
-# A node answers a load once it knows the file and the memory; that may include asking the Hub about a repository.
-ANSWER_S: Final = 60.0
-
-_HELD: Final = UNDER_WAY | {ModelStatus.LOADED, ModelStatus.UNLOADING}
+LOOK_AGAIN_S: Final = 1.0  # for room, while everything that may go is in use; news of it come sooner
+ROOM_EVERY_S: Final = 0.05  # how often news of room make new plans, at most
+STRANGERS_S: Final = 5.0  # how long room is waited for that only processes of others, or nobody, could give back
+DRAIN_S: Final = 30.0  # what requests to a victim get to finish
+IDLE_DRAIN_S: Final = 1.0  # and where we know of none: one may have ended here that the node is still closing
+ESTIMATE_LASTS_S: Final = 60.0
+OPERATOR_STEPS: Final = 64  # unloads for one load that an operator ordered to a node
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +60,26 @@ class LoadRecord:
 class Loader:
     """on_load: called after each load that ended, failed ones too."""
 
-    def __init__(self, fleet: Fleet, settings: CortexSettings) -> None:
+    def __init__(self, fleet: Fleet, settings: CortexSettings, *, drain_after_s: float = swapper.DRAIN_AFTER_S) -> None:
+        self.survey = Survey(fleet)
         self._fleet = fleet
+        self._orders = Orders(fleet, self.survey)
+        self._policy = POLICIES[settings.eviction.strategy]
         self._wait_s = settings.loading.wait_s
-        self._state = swapper.State(queue=settings.loading.queue)
+        self._state = swapper.State(queue=settings.loading.queue, drain_after_s=drain_after_s)
         self._events: deque[swapper.Event] = deque()
         self._stepping = False
         self._waiters: dict[Waiter, asyncio.Future[None]] = {}
         self._loads: dict[tuple[str, str], asyncio.Task[Failure | None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._followers: dict[str, set[asyncio.Event]] = {}
-        self._took_s: dict[tuple[str, str], float] = {}  # the latest load of a model on a node, for the estimate
+        self._served: set[Waiter] = set()  # told to go, and not gone yet
+        self._placing: dict[str, asyncio.Task[None]] = {}
+        self._estimated_at: dict[tuple[str, Make], float] = {}
+        self._checked_at: dict[tuple[str, str], float] = {}
         self._began: dict[tuple[str, str], float] = {}
+        self._operators = count()
+        self._room: asyncio.TimerHandle | None = None
+        self._room_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = False
         self.on_load: list[Callable[[LoadRecord], None]] = []
@@ -94,6 +106,9 @@ class Loader:
             self._feed(swapper.Asked(model_id, exchange_id, latest if deadline is None else min(deadline, latest)))
             await future
         finally:
+            if exchange_id in self._served:
+                self._served.remove(exchange_id)
+                self.survey.handed[model_id] -= 1
             if self._waiters.pop(exchange_id, None) is not None:
                 self._feed(swapper.Left(model_id, exchange_id))
             elif future.done() and not future.cancelled():
@@ -107,23 +122,25 @@ class Loader:
     # for operators
 
     async def load(self, model_id: str, node: str | None = None) -> None:
-        """Loads it, back-offs forgotten; on `node`, else where there is most room. A name that nobody knows is asked
-        for as well: the node may find it on the Hub. A cancel leaves the load going."""
+        """Loads it, back-offs forgotten; on `node`, else where it costs the fleet least. What is idle may go for it. A
+        name that nobody knows is asked for as well: the node may find it on the Hub. A cancel leaves the load going."""
         self._feed(swapper.Forgive(model_id))
         if node is not None:
-            failure = await self._see_through(model_id, self._node(node))
+            failure = await self._load_there(model_id, self._node(node))
             if failure is not None:
                 raise load_failures.on_node(model_id, failure)
             return
+        if self._fleet.where(model_id) or model_id in self._fleet.profiles:
+            await self.ensure(model_id, f"operator {next(self._operators)}")
+            return
         failures: list[Failure] = []
-        while not self._fleet.replicas(model_id):
-            target = self._next_node(model_id, {f.node for f in failures}, anywhere=True)
-            if target is None:
-                raise load_failures.no_place(self._fleet, model_id, failures, 5)
+        nodes = [(n, None) for n in self._fleet.nodes.values() if n.state in ("up", "suspect")]
+        for target, _ in sorted(nodes, key=_preference):
             failure = await self._see_through(model_id, target)
             if failure is None:
                 return
             failures.append(failure)
+        raise load_failures.no_place(self._fleet, model_id, failures, 5)
 
     async def unload(
         self, model_id: str, node: str | None = None, *, force: bool = False, drain_s: float = 0.0
@@ -133,9 +150,9 @@ class Loader:
         if node is not None:
             targets = [self._node(node)]
         else:
-            targets = [n for n in self._fleet.where(model_id) if _status(n, model_id) in _HELD and n.state != "down"]
+            targets = [n for n in self._fleet.where(model_id) if status_on(n, model_id) in HELD and n.state != "down"]
         outcomes = await asyncio.gather(
-            *(self._unload_on(model_id, n, force, drain_s) for n in targets), return_exceptions=True
+            *(self._orders.unload(model_id, n, force=force, drain_s=drain_s) for n in targets), return_exceptions=True
         )
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
@@ -146,13 +163,16 @@ class Loader:
         self._stopped = True
         if self._changed in self._fleet.on_change:
             self._fleet.on_change.remove(self._changed)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._room):
+            if timer is not None:
+                timer.cancel()
+        self._listen(False)
         self._refuse(tuple(self._waiters), _shutting_down)
-        tasks = [*self._loads.values(), *self._tasks]
+        tasks = [*self._loads.values(), *self._tasks, *self._placing.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._orders.close()
 
     # the swapper's hands
 
@@ -170,24 +190,32 @@ class Loader:
                     self._carry_out(command)
         finally:
             self._stepping = False
+        self._break_promises()
+        self._listen(any(p.phase is Phase.RESTING for p in self._state.wanted.values()))
         self._set_timer()
 
     def _carry_out(self, command: swapper.Command) -> None:
         match command:
-            case swapper.Place(model, avoid):
-                node = self._next_node(model, avoid)
-                self._feed(swapper.NoPlace(model) if node is None else swapper.Placed(model, node.name))
+            case swapper.Place():
+                self._place(command)
+            case swapper.Clear():
+                self._spawn(self._clear(command))
             case swapper.Load(model, name):
-                task = asyncio.create_task(self._pursue(model, self._fleet.nodes[name]))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-            case swapper.Serve(_, waiters):
+                self._spawn(self._pursue(model, self._fleet.nodes[name]))
+            case swapper.Serve(model, waiters):
                 for waiter in waiters:
                     future = self._waiters.pop(waiter, None)
                     if future is not None and not future.done():
+                        self._served.add(waiter)
+                        self.survey.handed[model] += 1
                         future.set_result(None)
             case swapper.Refuse():
                 self._refuse(command.waiters, lambda: self._error(command))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _refuse(self, waiters: tuple[Waiter, ...], error: Callable[[], HelexaError]) -> None:
         for waiter in waiters:
@@ -204,14 +232,165 @@ class Loader:
             # a little late rather than early: a tick before its time would only be set again
             self._timer = asyncio.get_running_loop().call_at(due + 0.002, self._feed, swapper.Tick())
 
-    def _next_node(self, model_id: str, avoid: set[str] | frozenset[str], *, anywhere: bool = False) -> Node | None:
-        """Where to load it: where a load is under way; then on nodes that are up before suspect ones, where the file
-        is before where it must be fetched, where most memory is free. anywhere: also a name that nobody knows."""
-        holders = self._fleet.holders(model_id)
-        if not holders and anywhere and not self._fleet.where(model_id) and model_id not in self._fleet.profiles:
-            holders = [(n, None) for n in self._fleet.nodes.values() if n.state in ("up", "suspect")]
-        able = [(node, info) for node, info in holders if node.name not in avoid]
-        return min(able, key=_preference, default=(None, None))[0]
+    def _break_promises(self) -> None:
+        """Those of loads that were not ordered and will not be."""
+        for (model, name), promise in list(self.survey.promises.items()):
+            pursuit = self._state.wanted.get(model)
+            if promise.ordered_at is None and (pursuit is None or pursuit.node != name):
+                del self.survey.promises[model, name]
+
+    def _listen(self, on: bool) -> None:
+        """Whether a model that becomes idle is news."""
+        for node in self._fleet.nodes.values():
+            node.on_idle = self._room_came if on else None
+
+    def _room_came(self) -> None:
+        if self._room is None and not self._stopped:
+            loop = asyncio.get_running_loop()
+            self._room = loop.call_later(max(0.0, self._room_at + ROOM_EVERY_S - loop.time()), self._tell_of_room)
+
+    def _tell_of_room(self) -> None:
+        self._room, self._room_at = None, asyncio.get_running_loop().time()
+        self._feed(swapper.Room())
+
+    # where
+
+    def _place(self, command: swapper.Place) -> None:
+        """At once; where a node's estimate is needed first, when that has come."""
+        model = command.model
+        before = self._placing.pop(model, None)
+        if before is not None:
+            before.cancel()
+        nodes = [node for node, _ in self._fleet.holders(model) if node.name not in command.avoid]
+        if any(status_on(node, model) in UNDER_WAY for node in nodes) or not self._unknown(model, nodes):
+            self._feed(self._decide(command))
+            return
+
+        async def ask_first() -> None:
+            await self._ask_needs(model, nodes)
+            if self._placing.get(model) is task:
+                del self._placing[model]
+                pursuit = self._state.wanted.get(model)
+                if pursuit is not None and pursuit.phase is Phase.PLACING:
+                    self._feed(self._decide(command))
+
+        task = self._placing[model] = asyncio.create_task(ask_first())
+
+    def _decide(self, command: swapper.Place) -> swapper.Event:
+        """1. Where a load is under way. 2. The plan that costs least. 3. Nodes of which nobody knows what it needs:
+        where most room is; the node will tell. 4. With models in use, which then have to finish. 5. Nowhere."""
+        model, now = command.model, asyncio.get_running_loop().time()
+        self.survey.take_back(model)
+        holders = [(node, info) for node, info in self._fleet.holders(model) if node.name not in command.avoid]
+        under_way = [node for node, _ in holders if status_on(node, model) in UNDER_WAY]
+        if under_way:
+            return swapper.Placed(model, min(under_way, key=lambda n: n.state != "up").name)
+        nodes = [node for node, _ in holders]
+        wanted = self.survey.wanted(model, nodes)
+        views = self.survey.views([n.name for n in nodes], now)
+        found = placement.plan(views, wanted, self._policy, now)
+        unknown = [h for h in holders if wanted.need is None and h[0].name not in wanted.need_on]
+        if isinstance(found, NoPlan) and unknown:
+            return swapper.Placed(model, min(unknown, key=_preference)[0].name)
+        if isinstance(found, NoPlan) and command.drain:
+            drained = placement.plan(views, wanted, self._policy, now, drain=True)
+            found = drained if isinstance(drained, Plan) else found
+        if isinstance(found, NoPlan):
+            return self._no_place(found, wanted, nodes, now)
+        self.survey.promise(found)
+        if found.victims:
+            log.info(
+                "room is made", model=model, node=found.node, victims=list(found.victims), price=round(found.price, 6),
+                drains=list(found.drains), need_mb=found.need.total_mb, by=found.need.source,
+            )  # fmt: skip
+        return swapper.Placed(model, found.node, found.victims, found.drains)
+
+    def _no_place(self, found: NoPlan, wanted: Wanted, nodes: list[Node], now: float) -> swapper.NoPlace:
+        """Waiting helps where the model would fit once all that may go has gone."""
+        again_at = None
+        names = [n.name for n in nodes]
+        later = self.survey.may_fit_later(names, wanted.priority, by_class=self._policy.by_class, now=now)
+        since = self._state.wanted[found.model].since
+        might = isinstance(placement.plan(later, wanted, self._policy, now), Plan)
+        if might or (any(r.bar is Bar.NOT_NOW for r in found.reasons) and now - since < STRANGERS_S):
+            again_at = max(now + 0.02, min(now + LOOK_AGAIN_S, found.again_at or now + LOOK_AGAIN_S))
+            for node in nodes:  # others' requests are known from polls only; they may be over
+                if any(replica.others for replica in node.replicas.values()):
+                    self._fleet.doubt(node)
+        return swapper.NoPlace(found.model, again_at, load_failures.of_reasons(found.reasons))
+
+    def _unknown(self, model_id: str, nodes: Iterable[Node]) -> list[Node]:
+        """A node of each make where it is not known what the model takes; one that has the file before others."""
+        spec, now = self.survey.spec(model_id), asyncio.get_running_loop().time()
+        of_make: dict[Make, Node] = {}
+        for node in sorted(nodes, key=lambda n: (model_id not in n.models, n.state != "up")):
+            make = make_of(node)
+            asked_at = self._estimated_at.get((spec, make))
+            if self.survey.needs.on(spec, make) is None and (asked_at is None or now - asked_at > ESTIMATE_LASTS_S):
+                of_make.setdefault(make, node)
+        return list(of_make.values())
+
+    async def _ask_needs(self, model_id: str, nodes: Iterable[Node]) -> None:
+        await asyncio.gather(*(self._ask_need(model_id, node) for node in self._unknown(model_id, nodes)))
+
+    async def _ask_need(self, model_id: str, node: Node) -> Failure | None:
+        """The node's estimate is remembered; its reason, where it can never serve the model, returned."""
+        spec, make = self.survey.spec(model_id), make_of(node)
+        said = await self._orders.estimate(model_id, node)
+        self._estimated_at[spec, make] = asyncio.get_running_loop().time()
+        if isinstance(said, Estimate):
+            self.survey.needs.estimated(spec, make, {d.index: d.need_mb for d in said.devices})
+            return None
+        return said if said.kind is Kind.NEVER else None
+
+    # room
+
+    async def _clear(self, command: swapper.Clear) -> None:
+        node = self._fleet.nodes[command.node]
+        try:
+            failure = await self._clear_one(command.model, node, command.victim, drain=command.drain)
+        except Exception as err:  # as in _pursue
+            log.exception("making room went wrong", model=command.model, node=node.name)
+            failure = Failure(node.name, Kind.FAILED, f"{type(err).__name__}: {err}")
+        self._feed(swapper.Cleared(command.model, node.name, failure))
+
+    async def _clear_one(self, model_id: str, node: Node, victim: str, *, drain: bool) -> Failure | None:
+        """1. Could the node load it at all, and is the need as the plan had it? 2. The victim goes. 3. A fresh look."""
+        key, loop = (self.survey.spec(model_id), node.name), asyncio.get_running_loop()
+        if loop.time() - self._checked_at.get(key, -ESTIMATE_LASTS_S) >= ESTIMATE_LASTS_S:
+            before = self.survey.needs.on(key[0], make_of(node))
+            never = await self._ask_need(model_id, node)
+            if never is not None:
+                return never
+            self._checked_at[key] = loop.time()
+            if self.survey.needs.on(key[0], make_of(node)) != before:
+                return None  # a new plan, before anything is unloaded
+        try:
+            await self._orders.unload(victim, node, drain_s=DRAIN_S if drain else IDLE_DRAIN_S)
+        except Conflict as err:
+            log.info("a victim is in use", model=victim, node=node.name, wanted=model_id)
+            return Failure(node.name, Kind.BUSY, err.message)
+        except HelexaError as err:
+            return Failure(node.name, Kind.GONE, err.message)
+        await self._orders.look(node)
+        return None
+
+    async def _load_there(self, model_id: str, node: Node) -> Failure | None:
+        """On this node, by an operator's word: what is idle goes for it, as for a request."""
+        for _ in range(OPERATOR_STEPS):
+            if status_on(node, model_id) in UNDER_WAY | {ModelStatus.LOADED}:
+                break
+            await self._ask_needs(model_id, [node])
+            now, wanted = asyncio.get_running_loop().time(), self.survey.wanted(model_id, [node])
+            [view] = self.survey.views([node.name], now)
+            found = placement.on_node(view, wanted, self._policy, now)
+            if not isinstance(found, Plan) or not found.victims:
+                break  # the node itself says what is wrong, if anything is
+            if await self._clear_one(model_id, node, found.victims[0], drain=False) is not None:
+                break
+        return await self._see_through(model_id, node)
+
+    # loads
 
     async def _pursue(self, model_id: str, node: Node) -> None:
         try:
@@ -233,129 +412,53 @@ class Loader:
         return await asyncio.shield(task)
 
     async def _load_on(self, model_id: str, node: Node) -> Failure | None:
-        key = (model_id, node.name)
-        loop = asyncio.get_running_loop()
+        key, loop = (model_id, node.name), asyncio.get_running_loop()
         began = self._began[key] = loop.time()
+        is_ours = status_on(node, model_id) not in UNDER_WAY
         try:
-            failure = None if _status(node, model_id) in UNDER_WAY else await self._order(model_id, node)
+            failure = await self._orders.load(model_id, node) if is_ours else None
+            promise = self.survey.promises.get(key)
+            if promise is not None and failure is None:
+                promise.ordered_at = loop.time()
             if failure is None:
-                failure = await self._follow(model_id, node)
+                failure = await self._orders.follow(model_id, node)
         finally:
             del self._began[key]
         seconds = loop.time() - began
         if failure is None:
-            self._took_s[key] = seconds
+            if is_ours:
+                self.survey.needs.lasted(self.survey.spec(model_id), make_of(node), node.name, seconds)
             log.info("model is loaded", model=model_id, node=node.name, seconds=round(seconds, 2))
         else:
+            self.survey.promises.pop(key, None)
             log.warning("load failed", model=model_id, node=node.name, kind=failure.kind.value, reason=failure.reason)
+            if failure.kind is Kind.NO_ROOM:
+                await self._learn_from(failure, model_id, node)
         record = LoadRecord(model_id, node.name, seconds, failure.reason if failure else None)
         for call in self.on_load:
             call(record)
         return failure
 
-    async def _order(self, model_id: str, node: Node) -> Failure | None:
-        """POST /models/load, given up where the node dies over it. None: it is loaded or under way."""
-        order = asyncio.create_task(self._post_load(model_id, node))
-        try:
-            with self._watching(model_id) as changed:
-                order.add_done_callback(lambda _: changed.set())
-                while not order.done() and node.state != "down":
-                    changed.clear()
-                    await changed.wait()
-            return order.result() if order.done() else _gone(node)
-        finally:
-            order.cancel()
-
-    async def _post_load(self, model_id: str, node: Node) -> Failure | None:
-        profile, listed = self._fleet.profiles.get(model_id), node.models.get(model_id)
-        if profile is not None:
-            request = profile.load_request()
-        else:
-            request = LoadRequest(model_id=listed.id if listed is not None else model_id)
-        asked = time.monotonic()
-        try:
-            answer = await node.upstream.fetch("POST", "/models/load", msgspec.json.encode(request), timeout_s=ANSWER_S)
-        except (OSError, TimeoutError, ValueError) as err:
-            self._fleet.request_failed(node, _words(err))
-            return Failure(node.name, Kind.GONE, f"did not answer ({_words(err)})")
-        if answer.status in (200, 202):
-            status = ModelStatus.LOADED if answer.status == 200 else ModelStatus.LOADING
-            self._fleet.mark(node, request.model_id, status, asked=asked)
-            self._fleet.doubt(node)
-            return None
-        failure = load_failures.read_refusal(node.name, answer.status, answer.body)
-        if failure.kind is Kind.DIFFERENT:
-            self._fleet.mark(node, request.model_id, ModelStatus.LOADED, asked=asked)
-            self._fleet.doubt(node)
-        return failure
-
-    async def _follow(self, model_id: str, node: Node) -> Failure | None:
-        """Until the fleet's view says that it is loaded, or will not be."""
-        with self._watching(model_id) as changed:
-            while True:
-                info, status = node.models.get(model_id), _status(node, model_id)
-                if status is ModelStatus.LOADED:
-                    return None
-                if node.state == "down":
-                    return _gone(node)
-                if status is ModelStatus.FAILED:
-                    reason = info.error if info is not None and info.error else "the load failed, without a reason"
-                    return Failure(node.name, Kind.FAILED, reason)
-                if info is None or status is ModelStatus.UNLOADED:
-                    why = (info.error if info is not None else None) or "it was unloaded, or the node restarted"
-                    return Failure(node.name, Kind.FAILED, f"gave up the load: {why}")
-                changed.clear()
-                await changed.wait()
-
-    @contextmanager
-    def _watching(self, model_id: str) -> Iterator[asyncio.Event]:
-        """An event that is set with each change of the model or of a node."""
-        changed = asyncio.Event()
-        followers = self._followers.setdefault(model_id, set())
-        followers.add(changed)
-        try:
-            yield changed
-        finally:
-            followers.discard(changed)
-            if not followers:
-                self._followers.pop(model_id, None)
-
-    async def _unload_on(self, model_id: str, node: Node, force: bool, drain_s: float) -> None:
-        listed = node.models.get(model_id)
-        if listed is None or listed.parsed_status not in _HELD:
-            return
-        before = ModelStatus(listed.status)
-        self._fleet.mark(node, listed.id, ModelStatus.UNLOADING)  # nothing new goes there from now on
-        asked = time.monotonic()
-        body = msgspec.json.encode(UnloadRequest(model_id=listed.id, drain_s=drain_s, force=force))
-        try:
-            answer = await node.upstream.fetch("POST", "/models/unload", body, timeout_s=drain_s + ANSWER_S)
-        except (OSError, TimeoutError, ValueError) as err:
-            self._fleet.mark(node, listed.id, before, asked=asked)
-            self._fleet.request_failed(node, _words(err))
-            raise NoNode(f"{node.name} did not answer the unload of {model_id} ({_words(err)})") from err
-        if answer.status in (200, 202, 404):
-            self._fleet.mark(node, listed.id, ModelStatus.UNLOADED, asked=asked)
-            self._fleet.doubt(node)
-            return
-        self._fleet.mark(node, listed.id, before, asked=asked)
-        self._fleet.doubt(node)
-        said = f"{model_id} on {node.name}: {load_failures.refusal_message(answer.body)}"
-        if answer.status == 409:
-            raise Conflict(said, code="model_in_use", details=load_failures.active_requests(answer.body))
-        raise UpstreamError(said)
+    async def _learn_from(self, failure: Failure, model_id: str, node: Node) -> None:
+        """The node has less room, or the model needs more, than the plan had it: the next one goes by the facts."""
+        await self._orders.look(node)
+        need_mb = failure.details.get("need_mb")
+        if not isinstance(need_mb, int):
+            [view] = self.survey.views([node.name], asyncio.get_running_loop().time())
+            need_mb = more_than(view)
+        self.survey.needs.refused(self.survey.spec(model_id), make_of(node), need_mb)
 
     # what changed, and what to say
 
     def _changed(self, model_id: str | None) -> None:
-        if model_id is None:
-            events = [event for events in self._followers.values() for event in events]
-        else:
-            events = list(self._followers.get(model_id, ()))
+        if model_id is not None:
+            now = asyncio.get_running_loop().time()
+            for node in self._fleet.where(model_id):
+                self.survey.saw(model_id, node, now)
             if model_id in self._state.wanted and self._fleet.replicas(model_id):
                 self._feed(swapper.Ready(model_id))
-        for event in events:
-            event.set()
+        if any(p.phase is Phase.RESTING for p in self._state.wanted.values()):
+            self._room_came()
 
     def _error(self, refusal: swapper.Refuse) -> HelexaError:
         model = refusal.model
@@ -366,6 +469,8 @@ class Loader:
                     f"{model} is loading, and {self._state.queue} requests wait for it already ([loading] queue)",
                     retry_after_s=self._standing(model).retry_after_s,
                 )
+            case swapper.Why.TIMED_OUT if any(f.kind is Kind.NO_ROOM for f in refusal.failures):
+                return load_failures.no_place(self._fleet, model, refusal.failures, 5)
             case swapper.Why.TIMED_OUT:
                 return self._standing(model).still_loading()
             case swapper.Why.NO_PLACE:
@@ -376,12 +481,14 @@ class Loader:
         pursuit = self._state.wanted.get(model_id)
         if pursuit is None or pursuit.node is None:
             return Standing(model_id)
-        key = (model_id, pursuit.node)
-        took_s, began = self._took_s.get(key), self._began.get(key)
+        node = self._fleet.nodes[pursuit.node]
+        took_s = self.survey.needs.load_s(self.survey.spec(model_id), make_of(node), node.name)
+        began = self._began.get((model_id, node.name))
         left_s = None
         if took_s is not None and began is not None:
             left_s = took_s - (asyncio.get_running_loop().time() - began)
-        return Standing(model_id, pursuit.node, self._fleet.nodes[pursuit.node].models.get(model_id), left_s)
+        is_clearing = pursuit.phase is Phase.CLEARING
+        return Standing(model_id, node.name, node.models.get(model_id), left_s, is_clearing=is_clearing)
 
     def _node(self, name: str) -> Node:
         node = self._fleet.nodes.get(name)
@@ -391,15 +498,6 @@ class Loader:
         if node.state == "down":
             raise NoNode(f"{name} is down ({node.last_error})")
         return node
-
-
-def _status(node: Node, model_id: str) -> ModelStatus | None:
-    info = node.models.get(model_id)
-    return info.parsed_status if info is not None else None
-
-
-def _gone(node: Node) -> Failure:
-    return Failure(node.name, Kind.GONE, f"died during the load ({node.last_error})")
 
 
 def _preference(candidate: tuple[Node, ModelInfo | None]) -> tuple[bool, bool, bool, bool, int]:
@@ -417,7 +515,3 @@ def _preference(candidate: tuple[Node, ModelInfo | None]) -> tuple[bool, bool, b
 
 def _shutting_down() -> ShuttingDown:
     return ShuttingDown("this gateway is shutting down; try again in a moment")
-
-
-def _words(err: BaseException) -> str:
-    return str(err) or ("no answer in time" if isinstance(err, TimeoutError) else type(err).__name__)

@@ -120,9 +120,7 @@ class Poller:
     async def _poll(self, watch: _Watch) -> None:
         node, started = watch.node, time.monotonic()
         try:
-            models, health = await _both(
-                self._get(node, "/models", list[ModelInfo]), self._get(node, "/health", NodeHealth)
-            )
+            models, health = await ask(node, self._deadline_s)
         except MissError as miss:
             self._fleet.saw_miss(node, str(miss))
             return
@@ -138,29 +136,14 @@ class Poller:
         node = watch.node
         try:
             discovery, version = await _both(
-                self._get(node, "/discovery", Discovery), self._get(node, "/version", dict[str, Any])
+                _get(node, "/discovery", Discovery, self._deadline_s),
+                _get(node, "/version", dict[str, Any], self._deadline_s),
             )
         except MissError as miss:
             log.debug("node does not say what it is yet", node=node.name, reason=str(miss))
             return
         watch.is_known = True
         self._fleet.saw_discovery(node, discovery, version)
-
-    async def _get(self, node: Node, path: str, kind: type[T]) -> T:
-        try:
-            answer = await node.upstream.fetch("GET", path, timeout_s=self._deadline_s)
-        except TimeoutError:
-            raise MissError(f"GET {path}: no answer within {self._deadline_s:g} s") from None
-        except (OSError, ValueError) as err:
-            raise MissError(f"GET {path}: {err or type(err).__name__}") from err
-        if answer.status in (401, 403):
-            raise MissError(f"GET {path}: {answer.status}, it refuses our token; is `token` right in [[neurons]]?")
-        if answer.status != 200:
-            raise MissError(f"GET {path}: status {answer.status}")
-        try:
-            return msgspec.json.decode(answer.body, type=kind)
-        except NOT_SENSE as err:
-            raise MissError(f"GET {path}: the answer makes no sense: {err}") from err
 
     # events
 
@@ -227,6 +210,32 @@ class Poller:
             if watch.seq is not None and head.seq != watch.seq + 1:
                 watch.poll_now.set()  # something was missed
             watch.seq = head.seq
+
+
+async def ask(node: Node, within_s: float) -> tuple[list[ModelInfo], NodeHealth]:
+    """What it has and how it is, now. Raises MissError."""
+    models, health = await _both(
+        _get(node, "/models", list[ModelInfo], within_s), _get(node, "/health", NodeHealth, within_s)
+    )
+    return models, health
+
+
+async def _get(node: Node, path: str, kind: type[T], within_s: float) -> T:
+    try:
+        answer = await node.upstream.fetch("GET", path, timeout_s=within_s)
+    except TimeoutError:
+        raise MissError(f"GET {path}: no answer within {within_s:g} s") from None
+    except (OSError, ValueError) as err:
+        reason = getattr(err, "strerror", None) or str(err) or type(err).__name__
+        raise MissError(f"GET {path}: {reason}") from err
+    if answer.status in (401, 403):
+        raise MissError(f"GET {path}: {answer.status}, it refuses our token; is `token` right in [[neurons]]?")
+    if answer.status != 200:
+        raise MissError(f"GET {path}: status {answer.status}")
+    try:
+        return msgspec.json.decode(answer.body, type=kind)
+    except NOT_SENSE as err:
+        raise MissError(f"GET {path}: the answer makes no sense: {err}") from err
 
 
 async def _both(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, Any]) -> tuple[T, Any]:

@@ -17,12 +17,14 @@ RETRY_AFTER_MOST_S: Final = 60
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """node: None while one is looked for. info: what that node says. left_s: from the last load there."""
+    """node: None while one is looked for. info: what that node says. left_s: from the last load there.
+    is_clearing: other models are going there first."""
 
     model: str
     node: str | None = None
     info: ModelInfo | None = None
     left_s: float | None = None
+    is_clearing: bool = False
 
     @property
     def doing(self) -> str:
@@ -48,6 +50,8 @@ class Standing:
         """As one line: a file's name may hold a line break."""
         if self.node is None:
             text = f"waiting for a node that can load {self.model}"
+        elif self.is_clearing:
+            text = f"making room for {self.model} on {self.node}"
         else:
             percent = f": {self.fraction * 100:.0f} %" if self.fraction is not None else ""
             text = f"{self.doing} {self.model} on {self.node}{percent}"
@@ -56,12 +60,14 @@ class Standing:
     def still_loading(self) -> ModelLoading:
         """For a request that cannot wait longer."""
         told: dict[str, Any] = {
-            "state": self.doing if self.node is not None else "waiting",
+            "state": self.doing if self.node is not None and not self.is_clearing else "waiting",
             "node": self.node,
             "progress": self.fraction,
             "eta_seconds": round(self.eta_s, 1) if self.eta_s is not None else None,
         }
         doing = f"{self.doing} on {self.node}" if self.node is not None else "waiting for a node that can load it"
+        if self.is_clearing:
+            doing = f"waiting for room on {self.node}"
         return ModelLoading(
             f"{self.model} is still {doing}; try again in {self.retry_after_s} s",
             retry_after_s=self.retry_after_s,

@@ -3,17 +3,21 @@
 Pure: `step(state, event, now) -> (state, commands)`. No clock, no I/O, no asyncio; the loader carries out, and a
 simulator can. One pursuit per wanted model, however many requests ask for it:
 
-    Asked ──> PLACING ──Placed──> LOADING ──Ended: loaded──> (served, over)
-                 ^  \\                 │
-                 │   NoPlace          Ended: failed, remembered, and the next node is looked for
-                 │     │               │
+    Asked ──> PLACING ──Placed──────────────> LOADING ──Ended: loaded──> (served, over)
+                 ^  \\ \\                        │
+                 │   │ Placed, with victims ─> CLEARING: one victim goes, then placed anew from fresh facts
+                 │   NoPlace                   │  │
+                 │     │               Ended, Cleared: failed; remembered, and the next node is looked for
                  │     ├─> (every waiter refused with each node's reason, over)
-                 │     └─> RESTING     │        a node is only busy: asked again when its rest is over
+                 │     └─> RESTING     │          room may come: placed again then, or when `Room` says so
                  └─────────┴───────────┘
 
-`Place` asks where; it is answered at once by `Placed` or `NoPlace`, from the fleet as it is. What a placement may need
-first (an unload) is a command and a phase of its own, before `Load`. Whoever waits is answered by its deadline at the
-latest, in every phase; a load goes on though nobody waits for it any more, since it is nearly always wanted again.
+`Place` asks where; it is answered by `Placed` or `NoPlace`, from the fleet as it is. Victims go one at a time and each
+is followed by a new placement: what is free is known only then, and another may need no further victim. A node that
+refuses (a victim is in use again, another gateway took the room) makes a new plan too, at once a few times, then later
+and later. Whoever waits is answered by its deadline at the latest, in every phase; a load or an unload goes on though
+nobody waits for it any more. Those who have waited longest are placed first, and after DRAIN_AFTER_S a model in use
+may have to finish and go: so models that take turns in one memory are served in batches, and none waits for ever.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ class Kind(Enum):
     """Why a load did not come about on a node, and with it, what that means for the next request."""
 
     NO_ROOM = "no room"  # its memory is taken: another node, or later
+    PINNED = "pinned"  # it would have room if a pinned model went, which none does
     NEVER = "never"  # it can never hold it, or the file or the profile is wrong
     FAILED = "failed"  # it was tried and went wrong
     GONE = "gone"  # the node died, or did not answer
@@ -41,12 +46,17 @@ class Kind(Enum):
 # Room may come with any unload, a file may be mended, and asking costs milliseconds; a failed load cost minutes.
 REST_S: Final[dict[Kind, tuple[float, float]]] = {
     Kind.NO_ROOM: (1, 1),
+    Kind.PINNED: (1, 1),
     Kind.NEVER: (10, 60),
     Kind.FAILED: (10, 300),
     Kind.GONE: (2, 30),
     Kind.BUSY: (0.5, 2),
     Kind.DIFFERENT: (1, 1),
 }
+
+DRAIN_AFTER_S: Final = 15.0  # 10 to 30 s are equally good, at once costs 4 % more loads
+CONFLICTS: Final = 2  # refusals in a row (in use again, room taken) from which on a node that refuses is left out
+CONFLICT_REST_S: Final = (0.25, 4.0)  # where that leaves none: the first rest, and the longest; each doubles it
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +98,36 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
+    """victims: what has to be unloaded there first; drains: those of them that are in use and have to finish."""
+
     model: str
     node: str
+    victims: tuple[str, ...] = ()
+    drains: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class NoPlace:
-    """No node is left to try. again_at: when one may be (what holds its room is in use, or has just been loaded)."""
+    """No node is left to try. again_at: when one may be (what holds its room is in use, or has just been loaded).
+    reasons: what stands against each node."""
 
     model: str
     again_at: float | None = None
+    reasons: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """A victim is gone, or (failure) it is not: BUSY, where requests came or run on."""
+
+    model: str
+    node: str
+    failure: Failure | None
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """There may be room where there was none: a model has become idle or has gone, a node has come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +158,7 @@ class Tick:
     """Time passed; due at `next_wake`."""
 
 
-Event = Asked | Left | Placed | NoPlace | Ended | Ready | Forgive | Tick
+Event = Asked | Left | Placed | NoPlace | Cleared | Ended | Ready | Room | Forgive | Tick
 
 
 # Commands
@@ -136,10 +166,21 @@ Event = Asked | Left | Placed | NoPlace | Ended | Ready | Forgive | Tick
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Find a node for it, none of `avoid`."""
+    """Find a node for it, none of `avoid`. drain: models in use may be victims, and finish first."""
 
     model: str
     avoid: frozenset[str]
+    drain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Clear:
+    """Unload the victim there, once it has finished if `drain`; report `Cleared`."""
+
+    model: str
+    node: str
+    victim: str
+    drain: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +205,7 @@ class Why(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """failures: of each node that was tried, or is left alone for what it did lately."""
+    """failures: of each node that was tried, is left alone for what it did lately, or has no room."""
 
     model: str
     waiters: tuple[Waiter, ...]
@@ -172,7 +213,7 @@ class Refuse:
     failures: tuple[Failure, ...] = ()
 
 
-Command = Place | Load | Serve | Refuse
+Command = Place | Clear | Load | Serve | Refuse
 
 
 # State
@@ -180,20 +221,33 @@ Command = Place | Load | Serve | Refuse
 
 class Phase(Enum):
     PLACING = "placing"
+    CLEARING = "clearing"
     LOADING = "loading"
     RESTING = "resting"
 
 
 @dataclass(frozen=True, slots=True)
 class Pursuit:
-    """One wanted model. node: while LOADING. wake_at: while RESTING. waiters: with deadlines, in order of arrival."""
+    """One wanted model.
+
+    waiters:   with deadlines, in order of arrival
+    since:     when it was first asked for
+    node:      while CLEARING or LOADING
+    wake_at:   while RESTING
+    tried:     the nodes where it failed
+    blocked:   what stood against each node when it was last looked for one
+    conflicts: refusals in a row; contested: the nodes that refused lately, left out until the next rest is over
+    """
 
     phase: Phase
     waiters: tuple[tuple[Waiter, float], ...] = ()
-    node: str | None = None
     since: float = 0.0
+    node: str | None = None
     wake_at: float | None = None
     tried: tuple[Failure, ...] = ()
+    blocked: tuple[Failure, ...] = ()
+    conflicts: int = 0
+    contested: frozenset[str] = frozenset()
 
     def names(self) -> tuple[Waiter, ...]:
         return tuple(waiter for waiter, _ in self.waiters)
@@ -201,9 +255,10 @@ class Pursuit:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """queue: how many may wait for one model."""
+    """queue: how many may wait for one model. drain_after_s: how long it waits for models in use to become idle."""
 
     queue: int
+    drain_after_s: float = DRAIN_AFTER_S
     wanted: Mapping[str, Pursuit] = field(default_factory=dict)
     remembered: Mapping[str, Mapping[str, Remembered]] = field(default_factory=dict)  # model -> node -> what failed
 
@@ -222,6 +277,8 @@ def step(state: State, event: Event, now: float) -> Step:
             return _asked(state, event, now)
         case Tick():
             return _tick(state, now)
+        case Room():
+            return _place_all(state, [m for m, p in state.wanted.items() if p.phase is Phase.RESTING], now)
         case Ended():
             return _ended(state, event, now)
         case Forgive(model):
@@ -235,11 +292,12 @@ def step(state: State, event: Event, now: float) -> Step:
         case Ready(model):
             served: list[Command] = [Serve(model, pursuit.names())] if pursuit.waiters else []
             return _left(state, model, pursuit, frozenset(pursuit.names())), served
-        case Placed(model, node) if pursuit.phase is Phase.PLACING:
-            loading = replace(pursuit, phase=Phase.LOADING, node=node, since=now)
-            return _with(state, model, loading), [Load(model, node)]
-        case NoPlace(model, again_at) if pursuit.phase is Phase.PLACING:
-            return _no_place(state, model, pursuit, again_at, now)
+        case Placed() if pursuit.phase is Phase.PLACING:
+            return _placed(state, event, pursuit)
+        case NoPlace() if pursuit.phase is Phase.PLACING:
+            return _no_place(state, event, pursuit, now)
+        case Cleared() if pursuit.phase is Phase.CLEARING and pursuit.node == event.node:
+            return _cleared(state, event, pursuit, now)
     return state, []
 
 
@@ -263,26 +321,60 @@ def _asked(state: State, event: Asked, now: float) -> Step:
 
 
 def _place(state: State, model: str, pursuit: Pursuit, now: float) -> Step:
-    avoid = {f.node for f in pursuit.tried} | {r.failure.node for r in state.resting(model, now)}
+    avoid = {f.node for f in pursuit.tried} | {r.failure.node for r in state.resting(model, now)} | pursuit.contested
     placing = replace(pursuit, phase=Phase.PLACING, node=None, wake_at=None)
-    return _with(state, model, placing), [Place(model, frozenset(avoid))]
+    drain = now - pursuit.since >= state.drain_after_s
+    return _with(state, model, placing), [Place(model, frozenset(avoid), drain)]
 
 
-def _no_place(state: State, model: str, pursuit: Pursuit, again_at: float | None, now: float) -> Step:
-    """1. A node is only busy: rest until it may be asked. 2. Everybody is told what every node said."""
-    resting = state.resting(model, now)
-    busy = [r.until for r in resting if r.failure.kind is Kind.BUSY]
-    if again_at is not None:
-        busy.append(again_at)
-    if busy:
-        return _with(state, model, replace(pursuit, phase=Phase.RESTING, wake_at=min(busy))), []
-    told = {f.node: f for f in [*(r.failure for r in resting), *pursuit.tried]}
+def _place_all(state: State, models: Iterable[str], now: float) -> Step:
+    """Who has waited longest comes first: what one takes, the next no longer finds."""
+    commands: list[Command] = []
+    for model in sorted(models, key=lambda m: state.wanted[m].since):
+        state, more = _place(state, model, state.wanted[model], now)
+        commands += more
+    return state, commands
+
+
+def _placed(state: State, event: Placed, pursuit: Pursuit) -> Step:
+    """1. Something has to go first: the first victim. 2. There is room: load."""
+    model, node = event.model, event.node
+    if event.victims:
+        victim = event.victims[0]
+        clearing = replace(pursuit, phase=Phase.CLEARING, node=node)
+        return _with(state, model, clearing), [Clear(model, node, victim, victim in event.drains)]
+    return _with(state, model, replace(pursuit, phase=Phase.LOADING, node=node)), [Load(model, node)]
+
+
+def _no_place(state: State, event: NoPlace, pursuit: Pursuit, now: float) -> Step:
+    """1. Room may come, or a node is only busy: rest until it may be asked. 2. Everybody is told each node's reason."""
+    model, resting = event.model, state.resting(event.model, now)
+    times = [r.until for r in resting if r.failure.kind is Kind.BUSY]
+    if event.again_at is not None:
+        times.append(event.again_at)
+    if pursuit.contested:
+        first, most = CONFLICT_REST_S
+        times.append(now + min(first * 2.0 ** min(pursuit.conflicts - CONFLICTS, 30), most))
+    if times:
+        blocked = event.reasons or pursuit.blocked
+        rests = replace(pursuit, phase=Phase.RESTING, wake_at=min(times), blocked=blocked, contested=frozenset[str]())
+        return _with(state, model, rests), []
+    told = {f.node: f for f in [*event.reasons, *(r.failure for r in resting), *pursuit.tried]}
     return _with(state, model, None), [Refuse(model, pursuit.names(), Why.NO_PLACE, tuple(told.values()))]
+
+
+def _cleared(state: State, event: Cleared, pursuit: Pursuit, now: float) -> Step:
+    """1. Nobody waits any more: what else had to go stays. 2. Gone, or in use again: a new plan. 3. The node failed."""
+    if event.failure is not None and event.failure.kind is not Kind.BUSY:
+        state = _remember(state, event, now)
+    if not pursuit.waiters:
+        return _with(state, event.model, None), []
+    return _again(state, event.model, pursuit, event.failure, now)
 
 
 def _ended(state: State, event: Ended, now: float) -> Step:
     """1. What happened is remembered, whoever began the load. 2. Loaded: everybody is served.
-    3. Failed: the next node, unless nobody waits any more."""
+    3. Failed: a new plan, or the next node, unless nobody waits any more."""
     model, failure = event.model, event.failure
     state = _remember(state, event, now)
     pursuit = state.wanted.get(model)
@@ -293,6 +385,19 @@ def _ended(state: State, event: Ended, now: float) -> Step:
         return _with(state, model, None), served
     if not pursuit.waiters:
         return _with(state, model, None), []
+    return _again(state, model, pursuit, failure, now)
+
+
+def _again(state: State, model: str, pursuit: Pursuit, failure: Failure | None, now: float) -> Step:
+    """1. The step succeeded: on. 2. The facts were not as the plan had them: a new one; after some without this node,
+    and later and later. 3. The node has failed it: the next one."""
+    if failure is None:
+        return _place(state, model, replace(pursuit, conflicts=0, contested=frozenset[str]()), now)
+    if failure.kind is Kind.NO_ROOM or (failure.kind is Kind.BUSY and pursuit.phase is Phase.CLEARING):
+        conflicts = pursuit.conflicts + 1
+        contested = pursuit.contested | {failure.node} if conflicts >= CONFLICTS else pursuit.contested
+        pursuit = replace(pursuit, conflicts=conflicts, contested=contested, blocked=(failure,))
+        return _place(state, model, pursuit, now)
     if failure.kind is not Kind.BUSY:
         pursuit = replace(pursuit, tried=(*pursuit.tried, failure))
     return _place(state, model, pursuit, now)
@@ -304,20 +409,20 @@ def _tick(state: State, now: float) -> Step:
     for model, pursuit in list(state.wanted.items()):
         late = tuple(waiter for waiter, deadline in pursuit.waiters if deadline <= now)
         if late:
-            commands.append(Refuse(model, late, Why.TIMED_OUT, pursuit.tried))
+            blocked = pursuit.blocked if pursuit.phase is Phase.RESTING else ()
+            commands.append(Refuse(model, late, Why.TIMED_OUT, (*blocked, *pursuit.tried)))
             state = _left(state, model, pursuit, frozenset(late))
-        left = state.wanted.get(model)
-        if left is not None and left.wake_at is not None and left.wake_at <= now:
-            state, more = _place(state, model, left, now)
-            commands += more
+    woken = [m for m, p in state.wanted.items() if p.wake_at is not None and p.wake_at <= now]
+    state, placed = _place_all(state, woken, now)
+    commands += placed
     kept = {m: {n: r for n, r in nodes.items() if now < _forgotten_at(r)} for m, nodes in state.remembered.items()}
     return replace(state, remembered={m: nodes for m, nodes in kept.items() if nodes}), commands
 
 
 def _left(state: State, model: str, pursuit: Pursuit, gone: Iterable[Waiter]) -> State:
-    """Without these waiters; without the pursuit where nobody waits and nothing loads."""
+    """Without these waiters; without the pursuit where nobody waits and nothing is under way."""
     waiters = tuple(w for w in pursuit.waiters if w[0] not in gone)
-    over = not waiters and pursuit.phase is not Phase.LOADING
+    over = not waiters and pursuit.phase not in (Phase.CLEARING, Phase.LOADING)
     return _with(state, model, None if over else replace(pursuit, waiters=waiters))
 
 
@@ -328,10 +433,11 @@ def _with(state: State, model: str, pursuit: Pursuit | None) -> State:
     return replace(state, wanted=wanted)
 
 
-def _remember(state: State, event: Ended, now: float) -> State:
+def _remember(state: State, event: Ended | Cleared, now: float) -> State:
+    """NO_ROOM is not: the next plan is made from the facts."""
     nodes = dict(state.remembered.get(event.model, {}))
     before = nodes.pop(event.node, None)
-    if event.failure is not None:
+    if event.failure is not None and event.failure.kind is not Kind.NO_ROOM:
         first, most = REST_S[event.failure.kind]
         again = before is not None and before.failure.kind is event.failure.kind
         times = before.times + 1 if before is not None and again else 1

@@ -132,12 +132,14 @@ class Devices:
     def _health(self, device: Device) -> DeviceHealth:
         reading = self._readings.get(device.index) or DeviceHealth(index=device.index)
         free = self._free_mb(device.index, None)
+        limit = self.ledger.limits_mb.get(device.index)
+        told = None if limit is None or limit == device.vram_total_mb else limit
         used = self.ledger.used_mb(device.index)
         if reading.vram_used_mb is not None:
             used = max(used, reading.vram_used_mb)
         elif not used:
-            return msgspec.structs.replace(reading, vram_free_mb=free)
-        return msgspec.structs.replace(reading, vram_free_mb=free, vram_used_mb=used)
+            return msgspec.structs.replace(reading, vram_free_mb=free, vram_limit_mb=told)
+        return msgspec.structs.replace(reading, vram_free_mb=free, vram_limit_mb=told, vram_used_mb=used)
 
     def _says_mb(self, index: int) -> int | None:
         reading = self._readings.get(index)

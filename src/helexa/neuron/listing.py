@@ -58,9 +58,10 @@ def _describe(info: ModelInfo, placed: Placed) -> None:
     plan, claim = placed.plan, placed.claim
     request, facts = plan.request, plan.facts
     info.devices = list(plan.device_indices)
-    known = claim.measured_mb or claim.need_mb
-    info.memory = [DeviceMemory(device=device, used_mb=mb) for device, mb in sorted(known.items())]
-    info.vram_used_mb = sum(known.values())
+    # As the ledger counts it: with /health's figures these tell the gateway what an unload would give back.
+    held = {device: claim.held_mb(device) for device in claim.devices}
+    info.memory = [DeviceMemory(device=device, used_mb=mb) for device, mb in held.items()]
+    info.vram_used_mb = sum(held.values())
     info.limits = ModelLimits(context=plan.context, slots=plan.slots)
     info.task = request.task or facts.task
     info.capabilities = list(request.capabilities or facts.capabilities)

@@ -102,12 +102,12 @@ def test_a_model_on_a_nodes_disk_that_no_catalogue_names_is_loaded_there_by_the_
     run(main())
 
 
-def test_the_file_comes_before_the_room_and_room_before_none() -> None:
+def test_where_nothing_is_known_of_the_need_the_file_comes_before_the_room_and_room_before_none() -> None:
     async def main() -> None:
         a, b, c = FakeNeuron(memory_mb=1000), FakeNeuron(memory_mb=2000), FakeNeuron(memory_mb=9000)
         for fake in (a, b):
             fake.put("qwen", "unloaded")
-        async with gateway(a=a, b=b, c=c) as gate:
+        async with gateway([ModelProfile(id="qwen")], a=a, b=b, c=c) as gate:
             await gate.loader.ensure("qwen", 1)
             assert [r.node.name for r in gate.fleet.replicas("qwen")] == ["b"]
 
@@ -125,11 +125,13 @@ def test_pins_are_kept() -> None:
     run(main())
 
 
-def test_a_node_without_room_sends_the_load_to_another() -> None:
+def test_a_refusal_for_want_of_room_teaches_the_need_and_sends_the_load_to_another() -> None:
     async def main() -> None:
         a, b = FakeNeuron(memory_mb=9000), FakeNeuron(memory_mb=6000)
-        a.needs_mb["qwen"], b.needs_mb["qwen"] = 20_000, 5000
-        async with gateway(a=a, b=b) as gate:
+        for fake, need in ((a, 20_000), (b, 5000)):
+            fake.needs_mb["qwen"] = need
+            fake.answers["/models/estimate"] = (404, b"{}")
+        async with gateway([ModelProfile(id="qwen")], a=a, b=b) as gate:
             await gate.loader.ensure("qwen", 1)
             assert len(a.loads) == len(b.loads) == 1
             assert [r.node.name for r in gate.fleet.replicas("qwen")] == ["b"]
@@ -137,25 +139,45 @@ def test_a_node_without_room_sends_the_load_to_another() -> None:
     run(main())
 
 
-def test_where_no_node_has_room_everybody_is_told_what_is_in_the_way() -> None:
+def test_where_everything_is_in_use_the_wait_ends_with_what_is_in_the_way() -> None:
     async def main() -> None:
         a, b = FakeNeuron(), FakeNeuron()
         for fake, held in ((a, "big"), (b, "huge")):
-            fake.needs_mb["qwen"] = 5000
-            fake.put(held, "loaded", vram_used_mb=9000)
-        async with gateway(a=a, b=b) as gate:
+            fake.put(held, "loaded", vram_used_mb=9000, active_requests=2)
+        async with gateway(a=a, b=b, loading=Loading(wait_s=0.4)) as gate:
             errors = await asyncio.gather(*(refused(gate, waiter=i) for i in range(5)))
-            assert len(a.loads) == len(b.loads) == 1
+            assert a.loads == b.loads == []
             assert len({id(e) for e in errors}) == 5
             error = errors[0]
             assert isinstance(error, Overloaded)
-            assert "a needs 5,000 MB and has 1,000 MB free (big holds 9,000 MB)" in error.message
+            assert "a needs 5,000 MB and has 1,000 MB free; big is in use (2 requests)" in error.message
             assert "huge holds 9,000 MB" in error.message
-            # room comes, and with it the model
-            await gate.loader.unload("big", "a")
-            await asyncio.sleep(1)  # the second that a node without room is left alone
-            await gate.loader.ensure("qwen", 9)
-            assert [r.node.name for r in gate.fleet.replicas("qwen")] == ["a"]
+
+    run(main())
+
+
+def test_pinned_models_in_the_way_are_named_at_once() -> None:
+    async def main() -> None:
+        a = FakeNeuron()
+        a.put("big", "loaded", vram_used_mb=9000)
+        async with gateway([QWEN, ModelProfile(id="big", pinned_on=["a"])], a=a) as gate:
+            error = await refused(gate)
+            assert isinstance(error, ModelNotServable)
+            assert "beside what is pinned (big)" in error.message
+            assert error.details == {"pins": ["big"]}
+            assert a.loads == []
+
+    run(main())
+
+
+def test_what_no_node_could_hold_when_empty_is_refused_at_once() -> None:
+    async def main() -> None:
+        a, b = FakeNeuron(memory_mb=4000), FakeNeuron(memory_mb=3000)
+        async with gateway(a=a, b=b) as gate:
+            error = await refused(gate)
+            assert isinstance(error, ModelNotServable)
+            assert "a: needs 5,000 MB (vram_mb), and has 4,000 MB even when empty" in error.message
+            assert a.loads == b.loads == []
 
     run(main())
 
@@ -196,7 +218,7 @@ def test_what_can_never_load_anywhere_is_refused_for_good_with_each_nodes_reason
 
 def test_a_node_that_dies_in_the_load_leaves_it_to_another() -> None:
     async def main() -> None:
-        a, b = FakeNeuron(memory_mb=9000), FakeNeuron(memory_mb=5000)
+        a, b = FakeNeuron(memory_mb=5000), FakeNeuron(memory_mb=9000)
         a.load_may_end.clear()
         async with gateway(a=a, b=b) as gate:
             waiting = asyncio.create_task(gate.loader.ensure("qwen", 1))
@@ -301,7 +323,7 @@ def test_recovery_that_is_given_up_goes_to_the_next_node() -> None:
 
 def test_a_model_that_comes_up_elsewhere_serves_who_waits() -> None:
     async def main() -> None:
-        a, b = FakeNeuron(memory_mb=50_000), FakeNeuron()
+        a, b = FakeNeuron(memory_mb=5000), FakeNeuron()
         a.load_may_end.clear()
         async with gateway(a=a, b=b) as gate:
             waiting = asyncio.create_task(gate.loader.ensure("qwen", 1))

@@ -218,7 +218,23 @@ def test_a_failed_load_is_told_with_the_nodes_reason(tmp_path: Path) -> None:
     run(scenario())
 
 
-def test_where_no_node_has_room_the_503_says_what_is_in_the_way(tmp_path: Path) -> None:
+def test_where_no_node_has_room_in_time_the_503_says_what_is_in_the_way(tmp_path: Path) -> None:
+    node = ServingNeuron(memory_mb=1000)
+    node.needs_mb["m"] = 600
+    node.put("busy", "loaded", tell=False, vram_used_mb=900, active_requests=1)
+    toml = SETTINGS + "[loading]\nwait_s = 0.5\n"
+
+    async def scenario() -> None:
+        async with fleet(tmp_path, node, toml=toml, status="unloaded") as gateway:
+            answer = await gateway.chat("m")
+            error = error_of(answer.body)
+            assert (answer.status, error["code"]) == (503, "overloaded")
+            assert "needs 600 MB and has 100 MB free; busy is in use (1 request)" in error["message"]
+
+    run(scenario())
+
+
+def test_what_can_never_fit_is_refused_at_once_with_the_figures(tmp_path: Path) -> None:
     node = ServingNeuron(memory_mb=1000)
     node.needs_mb["m"] = 4000
 
@@ -226,8 +242,8 @@ def test_where_no_node_has_room_the_503_says_what_is_in_the_way(tmp_path: Path) 
         async with fleet(tmp_path, node, status="unloaded") as gateway:
             answer = await gateway.chat("m")
             error = error_of(answer.body)
-            assert (answer.status, error["code"]) == (503, "overloaded")
-            assert "needs 4,000 MB and has 1,000 MB free" in error["message"]
+            assert (answer.status, error["code"]) == (404, "model_not_servable")
+            assert "needs 4,000 MB (estimate), and has 1,000 MB even when empty" in error["message"]
 
     run(scenario())
 

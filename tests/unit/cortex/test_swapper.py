@@ -81,7 +81,7 @@ def test_different_models_load_side_by_side_also_on_one_node() -> None:
     assert run.step(Ended("a", "beast", None)) == [Serve("a", (1,))]
 
 
-@pytest.mark.parametrize("kind", [Kind.FAILED, Kind.NO_ROOM, Kind.NEVER, Kind.GONE])
+@pytest.mark.parametrize("kind", [Kind.FAILED, Kind.NEVER, Kind.GONE])
 def test_a_load_that_failed_on_one_node_goes_to_the_next_and_at_last_everybody_is_told_every_reason(
     kind: Kind,
 ) -> None:
