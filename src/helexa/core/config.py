@@ -79,6 +79,13 @@ class Loading(Section, frozen=True):
     queue: Count = 256  # waiting requests per model
 
 
+class Dialects(Section, frozen=True):
+    """What becomes of a request that names what only its dialect's own vendor has."""
+
+    hosted_tools: Literal["drop", "refuse"] = "drop"
+    keep_changing_blocks: bool = False  # in the prompt: system blocks of clients that change with every request
+
+
 class Eviction(Section, frozen=True):
     strategy: Literal["lru", "priority", "adaptive"] = "adaptive"
     defrag_after_cycles: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 50
@@ -97,6 +104,7 @@ class CortexSettings(Section, frozen=True):
     limits: Limits = Limits()
     poll: Poll = Poll()
     loading: Loading = Loading()
+    dialects: Dialects = Dialects()
     neurons: list[NeuronEntry] = []
     drain_s: Grace = 30
 

@@ -23,6 +23,7 @@ from helexa.core import logs
 from helexa.core.addresses import is_loopback
 from helexa.core.catalogue import Catalogue
 from helexa.core.config import CortexSettings, split_listen
+from helexa.core.dialects.anthropic_request import Options
 from helexa.core.errors import Dialect, ShuttingDown
 from helexa.core.relay.contract import Endpoint
 from helexa.core.relay.server import Server
@@ -88,6 +89,10 @@ class Cortex:
             self.request_log,
             wait_s=settings.loading.wait_s,
             clock=time.monotonic,
+            options=Options(
+                keep_changing_blocks=settings.dialects.keep_changing_blocks,
+                refuse_hosted_tools=settings.dialects.hosted_tools == "refuse",
+            ),
         )
         self.server = Server(
             director=director,

@@ -15,6 +15,7 @@ from typing import Final
 
 from helexa.core import logs
 from helexa.core.dialects import anthropic_errors
+from helexa.core.dialects.anthropic_request import Options
 from helexa.core.errors import (
     BadRequest,
     HelexaError,
@@ -103,6 +104,7 @@ class CortexDirector:
         wait_s: float,
         clock: Callable[[], float],
         rng: Random | None = None,
+        options: Options | None = None,
     ) -> None:
         self._fleet = fleet
         self._loader = loader
@@ -110,6 +112,7 @@ class CortexDirector:
         self._log_request = request_log.add
         self._wait_s = wait_s
         self._clock = clock
+        self._options = options or Options()
         self._rng = rng or Random()
         self._targets: dict[str, Target] = {}  # by the name that clients use
         self._waiting: Counter[str] = Counter()
@@ -134,7 +137,7 @@ class CortexDirector:
             exchange.state = pursuit = Pursuit(target)
             translate = TRANSLATIONS.get(exchange.endpoint.path)
             if translate is not None:
-                pursuit.translated = translate(exchange, target.context)
+                pursuit.translated = translate(exchange, target.context, self._options)
         replica = choose(pursuit.model.replicas, exchange.tried, self._rng)
         if replica is not None:
             return self._send(exchange, pursuit, replica)

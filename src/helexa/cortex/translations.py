@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Any, Final, Protocol
 
 from helexa.core.dialects import anthropic_request, neuron_chat
+from helexa.core.dialects.anthropic_request import Options
 from helexa.core.dialects.anthropic_sinks import EventWriter, MessageBuilder
 from helexa.core.dialects.anthropic_stream import Answer, Sink
 from helexa.core.relay.contract import Exchange, Mend, Usage
@@ -29,8 +30,8 @@ class Translated(Protocol):
 class Messages:
     """POST /v1/messages."""
 
-    def __init__(self, exchange: Exchange, context: int | None) -> None:
-        self._asked = anthropic_request.translate(exchange.body, context=context)
+    def __init__(self, exchange: Exchange, context: int | None, options: Options) -> None:
+        self._asked = anthropic_request.translate(exchange.body, context=context, options=options)
         self.body = self._asked.body
         exchange.headers_back = self._asked.dropped_header
 
@@ -50,8 +51,8 @@ class Messages:
 class Count:
     """POST /v1/messages/count_tokens: the prompt is rendered as that of the request itself would be."""
 
-    def __init__(self, exchange: Exchange, context: int | None) -> None:
-        asked = anthropic_request.translate(exchange.body, counting=True)
+    def __init__(self, exchange: Exchange, context: int | None, options: Options) -> None:
+        asked = anthropic_request.translate(exchange.body, counting=True, options=options)
         self.body = asked.body
         exchange.headers_back = asked.dropped_header
 
@@ -79,9 +80,9 @@ class _Witness:
             exchange.usage = Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
 
 
-# By the path of the endpoint. Called with the exchange, and the tokens that a request to its model may have, where
-# known; raises BadRequest.
-TRANSLATIONS: Final[dict[str, Callable[[Exchange, int | None], Translated]]] = {
+# By the path of the endpoint. Called with the exchange, the tokens that a request to its model may have, where known,
+# and what was configured; raises BadRequest.
+TRANSLATIONS: Final[dict[str, Callable[[Exchange, int | None, Options], Translated]]] = {
     "/v1/messages": Messages,
     "/v1/messages/count_tokens": Count,
 }

@@ -220,3 +220,22 @@ def test_models_are_listed_by_pages_for_those_who_speak_anthropic(tmp_path: Path
             assert (lost.status, lost.json()["type"]) == (404, "error")
 
     run(scenario())
+
+
+def test_what_the_dialects_section_says_is_done(tmp_path: Path) -> None:
+    """Both keys, each the other way round than without them."""
+    node = ServingNeuron()
+    toml = SETTINGS + '[dialects]\nhosted_tools = "refuse"\nkeep_changing_blocks = true\n'
+
+    async def scenario() -> None:
+        async with fleet(tmp_path, node, toml=toml) as gateway:
+            tools = [{"type": "web_search_20250305", "name": "web_search"}]
+            assert (await gateway.post("/v1/messages", asking(tools=tools))).status == 400
+            blocks = [{"type": "text", "text": "x-anthropic-billing-header: a"}, {"type": "text", "text": "S"}]
+            assert (await gateway.post("/v1/messages", asking(system=blocks))).status == 200
+
+    run(scenario())
+    assert [part["text"] for part in node.seen[0].body["messages"][0]["content"]] == [
+        "x-anthropic-billing-header: a",
+        "S",
+    ]
