@@ -30,7 +30,7 @@ from helexa.core import logs, sse
 from helexa.core.errors import Dialect, HelexaError, Transient, UpstreamError, UpstreamTimeout, render_event
 from helexa.core.relay import scan, wire
 from helexa.core.relay.contract import Exchange, Route
-from helexa.core.relay.upstream import Connection, UpstreamClosed
+from helexa.core.relay.upstream import EVENT_END, Connection, UpstreamClosed
 
 if TYPE_CHECKING:
     from helexa.core.relay.server import ClientConnection
@@ -57,7 +57,6 @@ class Phase(Enum):
 class Pair:
     """A client's exchange and the upstream connection that works for it, if any. Owner of that connection.
 
-    fast:       reads are passed as they came
     committed:  the client saw something of an answer; no other attempt may follow
     """
 
@@ -87,7 +86,6 @@ class Pair:
         "connection",
         "director",
         "exchange",
-        "fast",
         "head_sent",
         "phase",
         "route",
@@ -103,7 +101,7 @@ class Pair:
         self.connection: Connection | None = None
         self.phase = Phase.WAITING
         self.attempts = 0
-        self.committed = self.head_sent = self.fast = False
+        self.committed = self.head_sent = False
         self._extra = extra  # header lines of the client's that go upstream
         self._task: asyncio.Task[None] | None = None
         self._again = False  # the silent retry on the same upstream is spent
@@ -116,7 +114,6 @@ class Pair:
 
     def _fresh(self) -> None:
         """Nothing is known of an answer."""
-        self.fast = False
         self._body: list[bytes] = []
         self._buffer = b""
         self._held_head = b""
@@ -214,48 +211,16 @@ class Pair:
     # the upstream's bytes
 
     def read(self, data: bytes) -> None:
-        # HOT, once per read: one write; no task, timer, clock, JSON or log line. Bench: bench/gateway.
+        """Heads, errors, answers in one piece, and streams that are read event by event."""
         connection = self.connection
         if connection is None:
             return
-        if not self.fast:
-            self._read_slow(connection, data)
-            return
-        self.exchange.reads += 1
-        try:
-            connection.parser.feed_data(data)
-        except httptools.HttpParserError as err:
-            self._broken(connection, err)
-            return
-        parts = connection.parts
-        part = parts[0] if len(parts) == 1 else b"".join(parts)
-        parts.clear()
-        # a read may also end inside the next chunk's size line, which llhttp has not told of yet: hence the CR LF
-        if (
-            not connection.in_chunk
-            and data.endswith(b"\r\n")
-            and (part.endswith(b"\n\n") and not (self._cut and b'"usage":' in part) if part else connection.complete)
-        ):
-            self.write(data)
-            tail = self._tail
-            tail.append(part)
-            if connection.complete:
-                self._finish(raw_end=True)
-            elif len(tail) > 64:
-                del tail[:-8]
-        else:
-            self.fast = False
-            self._events(connection, part, data)
-
-    def _read_slow(self, connection: Connection, data: bytes) -> None:
-        """Heads, errors, answers in one piece, and streams that are read event by event."""
         exchange = self.exchange
-        exchange.reads += 1
         had_head = connection.headers_done
         try:
             connection.feed(data)
         except (httptools.HttpParserError, UpstreamClosed) as err:
-            self._broken(connection, err)
+            self.broken(err)
             return
         if not connection.headers_done:
             return
@@ -275,6 +240,28 @@ class Pair:
             self._body.append(part)
             if connection.complete or sum(map(len, self._body)) > MAX_ERROR_BODY:
                 self._upstream_refused(connection)
+
+    def read_passed(self, data: bytes, mark: int) -> None:
+        """A read with half an event, with usage, or with the end."""
+        connection = self.connection
+        assert connection is not None
+        parts = connection.parts
+        scan.settle_stream(self.exchange, b"".join(parts[max(0, mark - 8) : mark]))
+        part = b"".join(parts[mark:])
+        parts.clear()
+        self._events(connection, part, data)
+
+    def _let_go(self) -> Connection | None:
+        """The connection is no longer ours; what it passed last is read for what it tells."""
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            self.exchange.reads += connection.reads
+            if connection.passing:
+                connection.passing = False
+                last = b"".join(connection.parts[-8:])
+                scan.settle_stream(self.exchange, last)
+                self._done_seen = last.rstrip().endswith(_DONE)
+        return connection
 
     def _begin_answer(self, connection: Connection) -> None:
         """The head is complete: which kind of answer is it?"""
@@ -380,15 +367,15 @@ class Pair:
             self._attempt_failed(
                 UpstreamError(f"{self.exchange.node} sent an event of over {sse.MAX_EVENT_BYTES} bytes")
             )
-        else:
-            self.fast = (
-                self._raw_ok
-                and self.exchange.t_first_token > 0
-                and not self._buffer
-                and not connection.in_chunk
-                and raw.endswith(b"\r\n")
-                and self.exchange.usage is None
-            )
+        elif (
+            self._raw_ok
+            and not self._buffer
+            and not connection.in_chunk
+            and raw.endswith(EVENT_END)
+            and self.exchange.t_first_token
+            and self.exchange.usage is None
+        ):
+            connection.start_passing(self.write, cut_usage=self._cut)
 
     def _take(self, block: bytes, out: list[bytes]) -> bool:
         """One event into `out`, or not. False: it ended the attempt."""
@@ -456,18 +443,16 @@ class Pair:
     def _finish(self, *, raw_end: bool) -> None:
         """The answer is whole. raw_end: its end went out with the bytes."""
         exchange = self.exchange
-        tail = b"".join(self._tail[-8:])
-        if self.phase is Phase.STREAM:
-            if tail:
-                scan.settle_stream(exchange, tail)
-        elif not self._translates and (exchange.endpoint.generates or b'"usage"' in tail):
-            scan.settle_whole(exchange, tail)
+        if self.phase is Phase.WHOLE and not self._translates:
+            tail = b"".join(self._tail)
+            if exchange.endpoint.generates or b'"usage"' in tail:
+                scan.settle_whole(exchange, tail)
         if not raw_end:
             if not self.head_sent:  # a stream without a single event
                 self._send_head(self._stream_head(), b"")
             if self._chunked:
                 self.write(wire.LAST_CHUNK)
-        connection, self.connection = self.connection, None
+        connection = self._let_go()
         if connection is not None:
             connection.release()
         self._over(keep=True)
@@ -478,7 +463,7 @@ class Pair:
         assert route is not None
         body = b"".join(self._body)
         status = connection.status
-        self.connection = None
+        self._let_go()
         connection.release()
         error = self.director.refused(self.exchange, route, status, body)
         if isinstance(error, Transient | UpstreamError | UpstreamTimeout):
@@ -494,13 +479,16 @@ class Pair:
             self._send_head(self._held_head + b"content-length: %d\r\n" % len(body), body)
             self._over(keep=True)
 
-    def _broken(self, connection: Connection, err: Exception) -> None:
-        connection.abort()
+    def broken(self, err: Exception) -> None:
+        """The upstream's bytes are not HTTP."""
+        connection = self._let_go()
+        if connection is not None:
+            connection.abort()
         self._attempt_failed(UpstreamError(f"{self.exchange.node} sent what is not HTTP: {err}"))
 
     def lost(self, exc: Exception | None) -> None:
         """The upstream's connection is gone before its answer was whole."""
-        connection, self.connection = self.connection, None
+        connection = self._let_go()
         if connection is None or self.phase is Phase.OVER:
             return
         route = self.route
@@ -521,7 +509,7 @@ class Pair:
                 self._upstream_refused(connection)
             return
         told = self._translates and self.exchange.finish_reason is not None
-        if told or self._done_seen or (self._tail and self._tail[-1].rstrip().endswith(_DONE)):
+        if told or self._done_seen:
             self._finish(raw_end=False)  # nothing was lost but the last chunk
             return
         reason = f": {exc}" if exc is not None else ""
@@ -533,7 +521,7 @@ class Pair:
         """Another attempt where nothing is committed, else the end in the dialect."""
         if self.phase is Phase.OVER:
             return
-        self.connection = None
+        self._let_go()
         route = self.route
         assert route is not None
         exchange = self.exchange
@@ -578,8 +566,9 @@ class Pair:
         if self.phase is Phase.OVER:
             return
         exchange = self.exchange
-        if self.phase is Phase.STREAM and self._tail:
-            scan.settle_stream(exchange, b"".join(self._tail))
+        connection = self._let_go()
+        if connection is not None:
+            connection.abort()
         # Clients hang up on [DONE], or on an error event, before the last chunk has come: those have their answer.
         exchange.client_gone = exchange.finish_reason is None and exchange.error is None
         if not self.head_sent:
@@ -596,7 +585,7 @@ class Pair:
         if self.phase is Phase.OVER:
             return
         self.phase = Phase.OVER
-        connection, self.connection = self.connection, None
+        connection = self._let_go()
         if connection is not None:
             connection.abort()
         task, self._task = self._task, None
@@ -638,8 +627,8 @@ class Pair:
             self._heartbeat()
         if self.connection is None:
             return
-        if exchange.reads != self._reads_seen or not self._t_read:
-            self._reads_seen, self._t_read = exchange.reads, now
+        if self.connection.reads != self._reads_seen or not self._t_read:
+            self._reads_seen, self._t_read = self.connection.reads, now
             return
         silent_s = now - self._t_read
         route = self.route
@@ -651,7 +640,7 @@ class Pair:
             self._stalled(f"{exchange.node} stalled: nothing came from {exchange.model} for {silent_s:.0f} s")
 
     def _stalled(self, message: str) -> None:
-        connection, self.connection = self.connection, None
+        connection = self._let_go()
         if connection is not None:
             connection.abort()
         self._attempt_failed(UpstreamTimeout(message))
