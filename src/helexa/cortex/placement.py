@@ -229,11 +229,11 @@ def _seat(node: NodeView, wanted: Wanted, freed: Mapping[int, int]) -> _Seat | N
         for d in node.devices:
             if d.free_mb is None or d.total_mb is None:
                 continue
-            room = d.free_mb - d.reserved_mb
-            if room < 0:
-                room = 0
+            room = d.free_mb - d.reserved_mb  # below 0 where loads were promised what their victims hold still
             if freed:
                 room = min(room + freed.get(d.index, 0), d.empty_mb)
+            if room < 0:
+                room = 0
             in_all += room
             if room < whole:
                 is_one_enough = is_one_enough or d.total_mb - d.strangers_mb >= whole
@@ -247,7 +247,8 @@ def _seat(node: NodeView, wanted: Wanted, freed: Mapping[int, int]) -> _Seat | N
     if not freed:
         return _seat_in(node, wanted, [(d.room_mb, d.index) for d in usable])
     # what models are thought to hold may come to more than the device has
-    return _seat_in(node, wanted, [(min(d.room_mb + freed.get(d.index, 0), d.empty_mb), d.index) for d in usable])
+    rooms = [min((d.free_mb or 0) - d.reserved_mb + freed.get(d.index, 0), d.empty_mb) for d in usable]
+    return _seat_in(node, wanted, [(max(0, room), d.index) for room, d in zip(rooms, usable, strict=True)])
 
 
 def _usable(node: NodeView, wanted: Wanted) -> Sequence[DeviceView]:

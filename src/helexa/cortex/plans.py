@@ -27,7 +27,7 @@ class DeviceView(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """One device; MB of 2^20. total and free are None where the node does not tell: nothing is placed there.
 
     free_mb:      what the node says that a load may take now
-    reserved_mb:  promised to loads that free_mb does not show yet
+    reserved_mb:  promised to loads that free_mb does not show yet; more than is free while their victims are there
     strangers_mb: held by processes that are no models of the node
     """
 

@@ -87,6 +87,13 @@ def test_reservations_and_strangers_count_as_taken() -> None:
     )
 
 
+def test_what_victims_of_another_plan_will_free_is_not_given_twice() -> None:
+    """A plan for 8,000 MB has been made: 2,000 are free, and the only model there will go for it."""
+    held = (resident("going", {0: 6_000}),)
+    found = refused([node("n", device(0, 8_000, 2_000, reserved_mb=8_000), held=held)], wanted(6_000))
+    assert found.reasons[0].bar is Bar.NOT_NOW
+
+
 def test_the_node_whose_victims_are_cheapest_is_taken() -> None:
     dear = node("dear", device(0, 8_000, 0), held=(resident("hot", {0: 8000}, idle_s=5),))
     cheap = node("cheap", device(0, 8_000, 0), held=(resident("a", {0: 4000}, 900), resident("b", {0: 4000}, 800)))
@@ -246,6 +253,7 @@ def fleets(draw: st.DrawFn) -> list[NodeView]:
                         t,
                         max(0, f - draw(st.sampled_from([0, 0, 900]))),
                         strangers_mb=draw(st.sampled_from([0, 0, 500])),
+                        reserved_mb=draw(st.sampled_from([0, 0, 0, 2_000])),
                     )
                     for i, (t, f) in enumerate(zip(totals, free, strict=True))
                 ],
@@ -304,7 +312,7 @@ def test_a_plan_never_commits_more_than_there_is_nor_takes_what_must_stay(
     assert sum(found.parts_mb) >= found.need.total_mb
     for index, part in zip(found.devices, found.parts_mb, strict=True):
         d = where.devices[index]
-        assert part <= d.room_mb + sum(r.memory_mb.get(index, 0) for r in gone)
+        assert part <= max(0, (d.free_mb or 0) - d.reserved_mb + sum(r.memory_mb.get(index, 0) for r in gone))
         assert part <= (d.empty_mb if gone else d.room_mb)
         assert d.empty_mb >= what.min_device_vram_mb
     assert len(found.devices) >= max(what.min_devices, what.tensor_parallel)

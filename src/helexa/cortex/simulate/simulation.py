@@ -26,8 +26,7 @@ from helexa.cortex.simulate.world import Model, NodeSpec, SimModel, SimNode, Sim
 if TYPE_CHECKING:
     from helexa.cortex.fleet import Replica
 
-DRAIN_AFTER_S: Final = 15.0  # 10 to 30 s are equally good, at once costs 4 %
-LOOK_AGAIN_S: Final = 1.0  # for room, while everything is in use
+LOOK_AGAIN_S: Final = 1.0  # for room, while everything is in use and nothing becomes idle
 COPY_AT_QUEUE: Final = 4  # a second copy into free room; at 1 it only costs
 # A copy in place of what is cold. Without it a saturated model of a full fleet keeps its queue for hours: on W4 waiting
 # falls from 20 s to 0.2 s in the mean for 2 % more loads. At 4 those are 9 %.
@@ -130,9 +129,12 @@ class Simulation:
         replica.node.view = None
         if replica.waiting:
             self._start(replica.waiting.popleft(), replica)
-        elif replica.inflight == 0 and replica.on_idle is not None:
-            self._unload(replica)
-            self._begin_if_room(replica.on_idle)
+        elif replica.inflight == 0:
+            if replica.on_idle is not None:
+                self._unload(replica)
+                self._feed(swapper.Cleared(replica.on_idle, replica.node.name, None))
+            if self._state.wanted:
+                self._feed(swapper.Room())
 
     # the loader's hands
 
@@ -157,10 +159,13 @@ class Simulation:
 
     def _carry_out(self, command: swapper.Command) -> None:
         match command:
-            case swapper.Place(model):
-                self._feed(self._place(model))
-            case swapper.Load():
-                pass  # begun when it was placed
+            case swapper.Place(model, _, drain):
+                self._feed(self._place(model, drain=drain))
+            case swapper.Clear(model, name, victim, _):
+                self._clear(model, self._nodes[name], victim)
+            case swapper.Load(model, name):
+                self._loads += 1
+                self._load(self._models[model], self._nodes[name])
             case swapper.Serve(model, waiters):
                 for waiter in waiters:
                     served = self._serve(cast("int", waiter), self._models[model])
@@ -169,23 +174,46 @@ class Simulation:
                 for waiter in waiters:
                     self._refused.append(cast("int", waiter))
 
-    def _place(self, name: str) -> swapper.Event:
-        """1. A plan with idle victims. 2. After DRAIN_AFTER_S of waiting also with victims that finish first.
+    def _place(self, name: str, *, drain: bool) -> swapper.Event:
+        """1. A plan, what it takes promised to it. 2. With victims that finish first, where that is allowed.
         3. Later; or never."""
+        for node in self._nodes.values():
+            if node.promises.pop(name, None) is not None:
+                node.view = None
         wanted = self._models[name].wanted
         found = self._plan(wanted)
-        waited_s = self._now - self._state.wanted[name].since
-        if isinstance(found, NoPlan) and not found.is_never and waited_s >= DRAIN_AFTER_S:
+        if isinstance(found, NoPlan) and drain and not found.is_never:
             found = self._plan(wanted, drain=True)
         if isinstance(found, Plan):
-            self._loads += 1
-            self._load(found)  # now: the next placement, of the same step, must see what this one takes
-            return swapper.Placed(name, found.node)
+            self._promise(found)
+            return swapper.Placed(name, found.node, found.victims, found.drains)
         if found.is_never:
             return swapper.NoPlace(name)
         soon = found.again_at
         again_at = self._now + LOOK_AGAIN_S if soon is None else min(self._now + LOOK_AGAIN_S, soon)
         return swapper.NoPlace(name, again_at=max(again_at, self._now + 0.01))
+
+    def _promise(self, plan: Plan) -> None:
+        """Before the next placement, of the same step perhaps, looks for room."""
+        node = self._nodes[plan.node]
+        node.promises[plan.model] = dict(zip(plan.devices, plan.parts_mb, strict=True))
+        node.view = None
+
+    def _clear(self, model: str, node: SimNode, victim: str) -> None:
+        """Unloads it, at once or after its last request."""
+        replica = node.replicas.get(victim)
+        if replica is None or replica.on_idle is not None:
+            failure = swapper.Failure(node.name, swapper.Kind.BUSY, f"{victim} is being unloaded")
+            self._feed(swapper.Cleared(model, node.name, failure))
+            return
+        self._evictions += 1
+        if replica.inflight == 0:
+            self._unload(replica)
+            self._feed(swapper.Cleared(model, node.name, None))
+        else:
+            self._drains += 1
+            self._leave(replica)
+            replica.on_idle = model
 
     def _plan(self, wanted: Wanted, *, drain: bool = False) -> Plan | NoPlan:
         return self._rules.place(self._views(), wanted, self._rules.policy, self._now, drain=drain)
@@ -201,37 +229,20 @@ class Simulation:
         found = self._plan(model.wanted)
         if isinstance(found, Plan) and (may_displace or not found.victims):
             self._copies += 1
-            self._load(found)
+            node = self._nodes[found.node]
+            for name in found.victims:
+                self._evictions += 1
+                self._unload(node.replicas[name])
+            self._promise(found)
+            self._load(model, node)
 
-    def _load(self, plan: Plan) -> None:
-        """Memory is promised at once; victims go first."""
-        node, model = self._nodes[plan.node], self._models[plan.model]
-        for name in plan.victims:
-            victim = node.replicas[name]
-            self._evictions += 1
-            if victim.inflight == 0:
-                self._unload(victim)
-        replica = SimReplica(model, node, dict(zip(plan.devices, plan.parts_mb, strict=True)))
-        node.replicas[plan.model] = replica
+    def _load(self, model: SimModel, node: SimNode) -> None:
+        """Into the room that was promised."""
+        replica = SimReplica(model, node, node.promises.pop(model.spec.id))
+        node.replicas[model.spec.id] = replica
         model.loading += 1
-        for device, mb in replica.memory_mb.items():
-            node.reserved_mb[device] += mb
-        node.view = None
-        for name in plan.drains:
-            victim = node.replicas[name]
-            self._drains += 1
-            self._leave(victim)
-            victim.on_idle = replica
-        self._begin_if_room(replica)
-
-    def _begin_if_room(self, replica: SimReplica) -> None:
-        node = replica.node
-        if any(victim.on_idle is replica for victim in node.replicas.values()):
-            return
-        for device, mb in replica.memory_mb.items():
-            node.reserved_mb[device] -= mb
         node.take(replica.memory_mb, 1, self._now)
-        replica.load_s = node.load_s(replica.model.spec.mb)
+        replica.load_s = node.load_s(model.spec.mb)
         self._load_s += replica.load_s
         node.loads_until = max(node.loads_until, self._now) + replica.load_s
         self._at(node.loads_until, self._loaded, replica)

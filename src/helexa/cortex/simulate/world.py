@@ -77,8 +77,8 @@ class SimNode:
         "mb_seconds",
         "name",
         "peak_mb",
+        "promises",
         "replicas",
-        "reserved_mb",
         "state",
         "view",
     )
@@ -88,7 +88,7 @@ class SimNode:
         self.state = "up"
         self.devices_mb = list(spec.devices_mb)
         self.free_mb = list(spec.devices_mb)
-        self.reserved_mb = [0] * len(self.devices_mb)
+        self.promises: dict[str, dict[int, int]] = {}  # to planned loads, by model: MB by device
         self.load_mb_s = spec.load_mb_s
         self.loads_until = 0.0  # when its loads under way will all be done
         self.replicas: dict[str, SimReplica] = {}
@@ -116,10 +116,11 @@ class SimNode:
     def as_seen(self, now: float) -> NodeView:
         view = self.view
         if view is None:
+            reserved = [sum(parts.get(i, 0) for parts in self.promises.values()) for i in range(len(self.devices_mb))]
             view = self.view = NodeView(
                 name=self.name,
                 devices=[
-                    DeviceView(index=i, total_mb=total, free_mb=self.free_mb[i], reserved_mb=self.reserved_mb[i])
+                    DeviceView(index=i, total_mb=total, free_mb=self.free_mb[i], reserved_mb=reserved[i])
                     for i, total in enumerate(self.devices_mb)
                 ],
                 residents=[replica.as_seen() for replica in self.replicas.values()],
@@ -167,7 +168,7 @@ class SimReplica:
         self.running = 0
         self.waiting: deque[int] = deque()
         self.load_s = self.loaded_at = self.last_used = 0.0
-        self.on_idle: SimReplica | None = None  # the load that waits for this one to finish and go
+        self.on_idle: str | None = None  # the model that waits for this one to finish and go
 
     def as_seen(self) -> Resident:
         spec, usage = self.model.spec, self.model.usage
