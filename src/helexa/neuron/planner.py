@@ -84,21 +84,29 @@ class Planner:
 
     def _refusal(self, harness: Harness, plan: Plan, facts: ModelFacts) -> HelexaError:
         """One that never ends (422), or one that an unload could end (409)."""
-        request, files, estimate = plan.request, plan.files, plan.estimate
-        details = _shortage(estimate)
-        figures = f"it needs {details['need_mb']} MB and {details['free_mb']} MB are free"
-        why = estimate.why or figures
-        if not harness.plan(request, files, facts, self._devices.empty()).estimate.fits:
-            return NeverLoads(f"{files.model_id} can never fit on this node: {why}", details=details)
+        request, files = plan.request, plan.files
+        with_nothing_loaded = harness.plan(request, files, facts, self._devices.empty()).estimate
+        if not with_nothing_loaded.fits:
+            return NeverLoads(
+                f"{files.model_id} can never fit on this node, with nothing else loaded either: {_why(with_nothing_loaded)}",
+                details=_shortage(with_nothing_loaded),
+            )
         return Conflict(
-            f"{files.model_id} does not fit now: {why}. Unload a model, or ask for less context or fewer slots.",
+            f"{files.model_id} does not fit now: {_why(plan.estimate)} Or unload a model.",
             code="insufficient_memory",
-            details=details,
+            details=_shortage(plan.estimate),
         )
 
 
 def need_mb(estimate: Estimate) -> dict[int, int]:
     return {device.index: device.need_mb for device in estimate.devices}
+
+
+def _why(estimate: Estimate) -> str:
+    """The harness's own words, as sentences, or the figures."""
+    figures = _shortage(estimate)
+    why = estimate.why or f"it needs {figures['need_mb']} MB, where {figures['free_mb']} MB are free"
+    return why if why.endswith(".") else f"{why}."
 
 
 def _shortage(estimate: Estimate) -> dict[str, Any]:

@@ -53,15 +53,17 @@ def test_an_unknown_harness_is_told_with_those_there_are(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("needs_mb", "kind", "code"), [(601, Conflict, "insufficient_memory"), (1001, NeverLoads, "load_impossible")]
+    ("needs_mb", "kind", "code", "free_mb"),
+    [(601, Conflict, "insufficient_memory", 600), (1001, NeverLoads, "load_impossible", 1000)],
 )
 def test_what_an_unload_could_mend_is_told_apart_from_what_never_fits(
-    tmp_path: Path, needs_mb: int, kind: type[HelexaError], code: str
+    tmp_path: Path, needs_mb: int, kind: type[HelexaError], code: str, free_mb: int
 ) -> None:
     with pytest.raises(kind) as refused:
         place(tmp_path, {"good": ScriptedHarness()}, Script(needs_mb=needs_mb))
     assert refused.value.code == code
-    assert (refused.value.details["need_mb"], refused.value.details["free_mb"]) == (needs_mb, 600)
+    assert (refused.value.details["need_mb"], refused.value.details["free_mb"]) == (needs_mb, free_mb)
+    assert ("nload a model" in refused.value.message) == (kind is Conflict)
 
 
 def test_what_fits_is_reserved(tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def _why(request: LoadRequest, files: ModelFiles, load: Load, placement: Placeme
         return None
     unit = "tokens shared" if load.kv_unified else "tokens each"
     head = f"{files.model_id} with {load.slots} slots of {load.context} {unit} needs " + "; and ".join(short)
-    return f"{head}. {_ways_out(load, placement)}"
+    return f"{head}. {_ways_out(load, placement)}."
 
 
 def _ways_out(load: Load, placement: Placement) -> str:
@@ -273,8 +273,8 @@ def _ways_out(load: Load, placement: Placement) -> str:
         if layers:
             ways.append(f"gpu_layers = {layers} (the rest on the CPU)")
     if ways:
-        return f"It would fit with {' or '.join(ways)}; or unload another model"
-    return "Unload another model, use a smaller quantisation, or another node"
+        return f"It would fit with {' or '.join(ways)}"
+    return "Use a smaller quantisation, or another node"
 
 
 def _fits_with(load: Load, placement: Placement, gpu_layers: int) -> bool:
