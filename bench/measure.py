@@ -130,6 +130,26 @@ def pin(pid: int, cores: str) -> None:
         os.sched_setaffinity(int(task.name), cores_in(cores))
 
 
+class Others:
+    """What else the machine does: cores that are busy with neither this process nor `trees`, since `start`."""
+
+    def __init__(self, trees: Sequence[Tree]) -> None:
+        self._trees = trees
+        self.start()
+
+    def start(self) -> None:
+        self._since = time.monotonic(), self._cpu_s()
+
+    def cores(self) -> float:
+        since, before = self._since
+        return max(0.0, (self._cpu_s() - before) / (time.monotonic() - since))
+
+    def _cpu_s(self) -> float:
+        ours = time.process_time() + sum(tree.cpu_ns() for tree in self._trees) / 1e9
+        times = psutil.cpu_times()
+        return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice) - ours
+
+
 @contextmanager
 def running(*args: object, **kwargs: object) -> Iterator[Tree]:
     tree = Tree(*args, **kwargs)  # type: ignore[arg-type]

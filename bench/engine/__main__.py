@@ -1,6 +1,6 @@
 """What we add to the engine: decode speed and time to the first token, through cortex and neuron, and without them.
 
-    python -m bench.engine [--pairs 12] [--streams 1,4,8] [--tokens 64] [--probes 20] [--quick]
+    python -m bench.engine [--pairs 12] [--streams 1,4,8] [--tokens 64] [--probes 20] [--quiet 0.1] [--quick]
 
 One engine process serves all sides: "engine" is its own socket, asked directly; "neuron" goes through the node;
 "cortex" through the gateway and the node. The engine's process is pinned to the cores of --engine-cores, one thread
@@ -13,6 +13,9 @@ prompt and as many tokens. First token: the same prompts with the cache on, once
 where the engine has a single token to compute before it answers; what we add shows best there. With several streams
 it is a matter of chance, on every side, which of the requests come in time for the engine's first step: hence so many
 probes.
+
+A round in which other processes took more than --quiet cores is thrown away and taken again: such rounds are chosen by
+what the machine did, never by what came out.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from typing import Any, Final
 import uvloop
 
 from bench.engine.client import Answer, Side, ask_at_once
-from bench.measure import cores_in, machine, pin, spread, table
+from bench.measure import Others, cores_in, machine, pin, spread, table
 from bench.models import smollm2
 from bench.nodes import cortex, neuron, versions
 
@@ -109,17 +112,26 @@ def check(answers: list[Answer], tokens: int, prompt_tokens: int | None = None) 
             print(f"{answer.prompt_tokens} tokens of the prompt were computed, not {prompt_tokens}", file=sys.stderr)
 
 
-async def run(sides: list[Side], given: argparse.Namespace) -> dict[int, Course]:
+async def run(sides: list[Side], others: Others, given: argparse.Namespace) -> tuple[dict[int, Course], int]:
+    """The courses, and how many rounds were thrown away."""
     courses = {streams: Course() for streams in given.streams}
+    thrown = 0
     for side in sides:  # connections, page cache, the client's own code
         await take_turn(side, max(given.streams), 8, 1)
     for n in range(given.pairs):
+        turned = sides[n % len(sides) :] + sides[: n % len(sides)]
         for streams, course in courses.items():
-            turned = n % len(sides)
-            for side in sides[turned:] + sides[:turned]:
-                course.turns[side.name].append(await take_turn(side, streams, given.tokens, given.probes))
+            while True:
+                others.start()
+                turns = {side.name: await take_turn(side, streams, given.tokens, given.probes) for side in turned}
+                if (busy := others.cores()) <= given.quiet:
+                    break
+                thrown += 1
+                print(f"round {n + 1}, {streams} streams: others took {busy:.2f} cores; again", file=sys.stderr)
+            for name, turn in turns.items():
+                course.turns[name].append(turn)
         print(f"round {n + 1} of {given.pairs} done", file=sys.stderr)
-    return courses
+    return courses, thrown
 
 
 WAYS: Final = {"neuron": "client, neuron, engine", "cortex": "client, cortex, neuron, engine"}
@@ -153,6 +165,7 @@ def main() -> None:
     args.add_argument("--streams", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 8])
     args.add_argument("--tokens", type=int, default=64)
     args.add_argument("--probes", type=int, default=20)
+    args.add_argument("--quiet", type=float, default=0.1, help="cores that others may take in a round that counts")
     args.add_argument("--engine-cores", default="1")
     args.add_argument("--other-cores", default="0")
     args.add_argument("--quick", action="store_true", help="three pairs of 24 tokens, 5 probes")
@@ -175,12 +188,13 @@ def main() -> None:
                 Side("neuron", port=node.port),
                 Side("cortex", port=gateway.port),
             ]
-            courses = uvloop.run(run(sides, given))
+            courses, thrown = uvloop.run(run(sides, Others([node.tree, gateway.tree]), given))
     print(f"{machine()}\n{versions()}, {smollm2().name}")
     print(
         f"{slots} slots of {CONTEXT} tokens, batch {BATCH}, {threads} engine thread(s) on core {given.engine_cores}, "
         f"all else on core {given.other_cores}; {given.tokens} tokens a stream, {given.probes} probes; "
-        f"{given.pairs} interleaved pairs, median (least to greatest)"
+        f"{given.pairs} interleaved pairs, median (least to greatest); {thrown} rounds thrown away, in which others "
+        f"took more than {given.quiet:g} of a core"
     )
     report(courses)
 
