@@ -9,9 +9,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from helexa.core.errors import Dialect, HelexaError
+from helexa.core.relay.client import ClientConnection
+from helexa.core.relay.connection import Connection
 from helexa.core.relay.contract import Endpoint, Exchange, Route
-from helexa.core.relay.server import ClientConnection, Server
-from helexa.core.relay.upstream import Connection, Upstream
+from helexa.core.relay.server import Server
+from helexa.core.relay.upstream import Upstream
 
 CHAT = Endpoint("/v1/chat/completions", Dialect.OPENAI, "/v1/chat/completions")
 

@@ -16,7 +16,7 @@ from helexa.core.errors import Dialect, HelexaError
 from helexa.core.relay import wire
 
 if TYPE_CHECKING:
-    from helexa.core.relay.server import ClientConnection
+    from helexa.core.relay.client import ClientConnection
 
 Message = MutableMapping[str, Any]
 ASGIApp = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]

@@ -17,7 +17,6 @@ a point between chunks and between events, so that an event of ours (heartbeat, 
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable
 from enum import Enum
 from time import monotonic
@@ -29,18 +28,17 @@ import msgspec
 from helexa.core import logs, sse
 from helexa.core.errors import Dialect, HelexaError, Transient, UpstreamError, UpstreamTimeout, render_event
 from helexa.core.relay import scan, wire
+from helexa.core.relay.connection import EVENT_END, Connection, UpstreamClosed
 from helexa.core.relay.contract import Exchange, Route
-from helexa.core.relay.upstream import EVENT_END, Connection, UpstreamClosed
+from helexa.core.relay.events import DONE, Events
 
 if TYPE_CHECKING:
-    from helexa.core.relay.server import ClientConnection
+    from helexa.core.relay.client import ClientConnection
 
 MAX_ATTEMPTS: Final = 3  # the first and two other replicas
 MAX_ERROR_BODY: Final = 256 << 10
 HEARTBEAT_AFTER_S: Final = 1.0
 
-_BLANK_LINE: Final = re.compile(rb"\r?\n\r?\n")
-_DONE: Final = b"data: [DONE]"
 _PING: Final = b'event: ping\ndata: {"type": "ping"}\n\n'
 _log = logs.get("relay")
 
@@ -63,13 +61,11 @@ class Pair:
     __slots__ = (
         "_again",
         "_body",
-        "_buffer",
         "_chunked",
         "_cut",
-        "_cut_progress",
         "_done_seen",
+        "_events",
         "_extra",
-        "_first_event",
         "_held_head",
         "_mend",
         "_paused_since",
@@ -115,10 +111,10 @@ class Pair:
     def _fresh(self) -> None:
         """Nothing is known of an answer."""
         self._body: list[bytes] = []
-        self._buffer = b""
+        self._events: Events | None = None
         self._held_head = b""
         self._tail: list[bytes] = []
-        self._cut = self._cut_progress = self._first_event = self._raw_ok = self._done_seen = False
+        self._cut = self._raw_ok = self._done_seen = False
         self._mend: Any = None
         self._translates = False
 
@@ -233,7 +229,7 @@ class Pair:
         if part and not exchange.t_first_byte:
             exchange.t_first_byte = monotonic()
         if self.phase is Phase.STREAM:
-            self._events(connection, part, data)
+            self._stream(connection, part, data)
         elif self.phase is Phase.WHOLE:
             self._whole(connection, data, part)
         elif self.phase is Phase.ERROR:
@@ -249,7 +245,7 @@ class Pair:
         scan.settle_stream(self.exchange, b"".join(parts[max(0, mark - 8) : mark]))
         part = b"".join(parts[mark:])
         parts.clear()
-        self._events(connection, part, data)
+        self._stream(connection, part, data)
 
     def _let_go(self) -> Connection | None:
         """The connection is no longer ours; what it passed last is read for what it tells."""
@@ -260,7 +256,7 @@ class Pair:
                 connection.passing = False
                 last = b"".join(connection.parts[-8:])
                 scan.settle_stream(self.exchange, last)
-                self._done_seen = last.rstrip().endswith(_DONE)
+                self._done_seen = last.rstrip().endswith(DONE)
         return connection
 
     def _begin_answer(self, connection: Connection) -> None:
@@ -277,8 +273,9 @@ class Pair:
         elif self.exchange.stream and kind.startswith(b"text/event-stream"):
             self.phase = Phase.STREAM
             self._cut = route.cut_usage and not self.exchange.wants_usage
-            self._cut_progress = route.cut_progress
-            self._first_event = route.first_event
+            self._events = Events(
+                self.exchange, cut_usage=self._cut, cut_progress=route.cut_progress, first_event=route.first_event
+            )
             self._raw_ok = self._chunked and self._mend is None and chunked
         elif self.head_sent:
             connection.abort()
@@ -335,7 +332,7 @@ class Pair:
 
     # a stream, event by event
 
-    def _events(self, connection: Connection, part: bytes, raw: bytes) -> None:
+    def _stream(self, connection: Connection, part: bytes, raw: bytes) -> None:
         """part: the decoded body bytes of the read `raw`."""
         mended = self._mended(connection, part)
         if mended is None:
@@ -347,64 +344,28 @@ class Pair:
             if connection.complete:
                 self._finish(raw_end=False)
             return
-        whole = self._buffer + mended if self._buffer else mended
-        out: list[bytes] = []
-        begin = 0
-        for blank in _BLANK_LINE.finditer(whole):
-            if not self._take(whole[begin : blank.end()], out):
-                return  # the attempt is over
-            begin = blank.end()
-        self._buffer = whole[begin:]
-        if connection.complete and self._buffer:
-            out.append(self._buffer + b"\n\n")  # an engine that forgot its last blank line
-            self._buffer = b""
-        if out:
-            self._emit(b"".join(out))
+        events = self._events
+        assert events is not None
+        payload = events.feed(mended, last=connection.complete)
+        if events.early_error is not None:
+            if self._moved_on(events.early_error):
+                return
+            payload += events.go_on(last=connection.complete)
+        self.committed = self.committed or events.committed
+        self._done_seen = events.done_seen
+        if payload:
+            self._emit(payload)
         if connection.complete:
             self._finish(raw_end=False)
-        elif len(self._buffer) > sse.MAX_EVENT_BYTES:
+        elif len(events.pending) > sse.MAX_EVENT_BYTES:
             connection.abort()
             self._attempt_failed(
                 UpstreamError(f"{self.exchange.node} sent an event of over {sse.MAX_EVENT_BYTES} bytes")
             )
-        elif (
-            self._raw_ok
-            and not self._buffer
-            and not connection.in_chunk
-            and raw.endswith(EVENT_END)
-            and self.exchange.t_first_token
-            and self.exchange.usage is None
-        ):
+        elif self._raw_ok and events.may_pass and not connection.in_chunk and raw.endswith(EVENT_END):
             connection.start_passing(self.write, cut_usage=self._cut)
 
-    def _take(self, block: bytes, out: list[bytes]) -> bool:
-        """One event into `out`, or not. False: it ended the attempt."""
-        exchange = self.exchange
-        if scan.is_only_comment(block):
-            out.append(block)  # commits to nothing
-            return True
-        found = scan.chunk_of(block)
-        if found is not None:
-            if found.error is not None and not self.committed and self._retryable_event(found.error):
-                return False
-            if found.prompt_progress is not None and self._cut_progress:
-                return True
-            scan.note(exchange, found)
-            if not exchange.t_first_token and found.has_delta:
-                exchange.t_first_token = monotonic()
-            if self._first_event and found.choices:
-                self._first_event = False
-                if not found.has_role:
-                    out.append(_role_event(found))
-            if self._cut and found.is_usage_only:
-                return True
-        elif block.startswith(_DONE):
-            self._done_seen = True
-        self.committed = True
-        out.append(block)
-        return True
-
-    def _retryable_event(self, told: Any) -> bool:
+    def _moved_on(self, told: Any) -> bool:
         """An upstream whose own head was out already can only say in an event that it failed."""
         route = self.route
         assert route is not None
@@ -502,7 +463,7 @@ class Pair:
             connection.complete = True
             self.connection = connection
             if self.phase is Phase.STREAM:
-                self._events(connection, b"", b"")
+                self._stream(connection, b"", b"")
             elif self.phase is Phase.WHOLE:
                 self._whole(connection, b"", b"")
             else:
@@ -657,19 +618,3 @@ class Pair:
         text = self.director.progress(self.exchange) if self.phase is Phase.WAITING else None
         self._emit(_PING if dialect is Dialect.ANTHROPIC else sse.comment(text or b""))
         self._wrote = False
-
-
-def _role_event(found: scan.Chunk) -> bytes:
-    """The role delta that a chat stream begins with, for an engine that lost its own."""
-    event = {
-        "id": found.id,
-        "object": "chat.completion.chunk",
-        "created": found.created,
-        "model": found.model,
-        "choices": [
-            # "" and not null: there are clients that add it to what follows
-            {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-            for choice in found.choices or ()
-        ],
-    }
-    return sse.frame(msgspec.json.encode({k: v for k, v in event.items() if v is not None}))
