@@ -271,12 +271,12 @@ def _seat_in(node: NodeView, wanted: Wanted, rooms: list[tuple[int, int]]) -> _S
     if need is None:
         return None
     whole, count = need.total_mb, len(rooms)
-    if wanted.devices is not None:
-        return _spread(rooms, wanted, need) if count == len(wanted.devices) else None
     ranks = wanted.tensor_parallel
     least = max(wanted.min_devices, ranks, 1)
     if count < least:
         return None
+    if wanted.devices is not None:
+        return _spread(rooms, wanted, need) if count == len(wanted.devices) else None
     if least == 1:
         fitting = [room for room in rooms if room[0] >= whole]
         if fitting:
@@ -350,8 +350,13 @@ def why_not(node: NodeView, wanted: Wanted, policy: Policy, now: float, *, drain
 
 
 def _too_small(node: NodeView, wanted: Wanted, need: Need) -> Reason | None:
+    usable = _usable(node, wanted)
+    if _seat_in(node, wanted, [(d.empty_mb, d.index) for d in usable]) is not None:
+        return None
     devices = [d for d in node.devices if d.total_mb is not None]
-    least = max(wanted.min_devices, wanted.tensor_parallel, len(wanted.devices or ()))
+    least = max(wanted.min_devices, wanted.tensor_parallel)
+    if wanted.devices is not None and len(wanted.devices) < least:
+        return Reason(node.name, Bar.NEVER, f"the profile names {len(wanted.devices)} devices, and asks for {least}")
     count = f"{len(devices)} device" + ("s" if len(devices) != 1 else "")
     if len(devices) < least:
         return Reason(node.name, Bar.NEVER, f"{count}, and {wanted.model} asks for {least}")
@@ -361,13 +366,11 @@ def _too_small(node: NodeView, wanted: Wanted, need: Need) -> Reason | None:
     asked = [d for d in devices if wanted.devices is None or d.index in wanted.devices]
     small = [d for d in asked if d.empty_mb < wanted.min_device_vram_mb]
     if len(asked) - len(small) < least:
-        d = small[0]
-        bar = Bar.NEVER if (d.total_mb or 0) < wanted.min_device_vram_mb else Bar.NOT_NOW
+        d = max(small, key=lambda device: device.total_mb or 0)
+        large = sum((device.total_mb or 0) >= wanted.min_device_vram_mb for device in asked)
+        bar = Bar.NEVER if large < least else Bar.NOT_NOW
         text = f"{count}, but device {d.index} has {d.empty_mb:,} of {wanted.min_device_vram_mb:,} MB even when empty"
         return Reason(node.name, bar, text + _strangers([d]))
-    usable = _usable(node, wanted)
-    if _seat_in(node, wanted, [(d.empty_mb, d.index) for d in usable]) is not None:
-        return None
     without = _seat_in(node, wanted, [(d.total_mb or 0, d.index) for d in usable])
     has = " + ".join(f"{d.empty_mb:,}" for d in usable)
     text = f"needs {need.total_mb:,} MB ({need.source}), and has {has} MB even when empty"

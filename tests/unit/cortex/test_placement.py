@@ -274,6 +274,7 @@ wants = st.builds(
     files_on=st.sampled_from([None, None, frozenset({"n0", "n3"})]),
     avoid=st.sampled_from([{}, {}, {"n1": "failed"}]),
     pinned_on=st.sampled_from([[], [], ["n0", "n1", "n2"]]),
+    devices=st.sampled_from([None, None, None, [0], [1, 0]]),
     need_on=st.sampled_from([{}, {"n2": Need((3_000,), "measured")}]),
 )
 policies = st.sampled_from(list(POLICIES.values()))
@@ -316,6 +317,7 @@ def test_a_plan_never_commits_more_than_there_is_nor_takes_what_must_stay(
         assert part <= (d.empty_mb if gone else d.room_mb)
         assert d.empty_mb >= what.min_device_vram_mb
     assert len(found.devices) >= max(what.min_devices, what.tensor_parallel)
+    assert what.devices is None or sorted(what.devices) == list(found.devices)
 
 
 @given(fleets(), wants, policies, st.randoms())
