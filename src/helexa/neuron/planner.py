@@ -85,11 +85,11 @@ class Planner:
     def _refusal(self, harness: Harness, plan: Plan, facts: ModelFacts) -> HelexaError:
         """One that never ends (422), or one that an unload could end (409)."""
         request, files = plan.request, plan.files
-        with_nothing_loaded = harness.plan(request, files, facts, self._devices.empty()).estimate
-        if not with_nothing_loaded.fits:
+        alone = harness.plan(request, files, facts, self._devices.empty()).estimate
+        if not alone.fits:
             return NeverLoads(
-                f"{files.model_id} can never fit on this node, with nothing else loaded either: {_why(with_nothing_loaded)}",
-                details=_shortage(with_nothing_loaded),
+                f"{files.model_id} can never fit on this node, with nothing else loaded either: {_why(alone)}",
+                details=_shortage(alone),
             )
         return Conflict(
             f"{files.model_id} does not fit now: {_why(plan.estimate)} Or unload a model.",
