@@ -90,11 +90,12 @@ class Site:
         return sum(float(line.rpartition(" ")[2]) for line in found)
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+@pytest.fixture(scope="module", params=["process", "none"])
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder: Path = tmp_path_factory.mktemp("site")
     models = CATALOGUE.format(smollm2=smollm2(), gemma=gemma())
-    with neuron(folder) as node, cortex_process(folder, {"local": node.url}, models=models) as gateway:
+    settings = f'isolation = "{request.param}"'
+    with neuron(folder, settings) as node, cortex_process(folder, {"local": node.url}, models=models) as gateway:
         gateway.wait_for(event="node is up")
         with OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
             yield Site(node, gateway, client)
@@ -214,6 +215,34 @@ def test_a_required_tool_call_streams_in_pieces_that_make_one(client: OpenAI) ->
                 arguments += call.function.arguments or ""
     assert (name, ends[-1]) == ("get_weather", "tool_calls")
     assert json.loads(arguments)["city"] in ("Oslo", "Rome")
+
+
+def test_the_async_client_calls_tools_and_keeps_to_schemas_whole_and_streamed(site: Site) -> None:
+    async def calls(client: AsyncOpenAI, stream: bool) -> str:
+        ask = {**ASK, "max_tokens": 64, "tools": [WEATHER], "tool_choice": "required"}
+        if not stream:
+            answer = await client.chat.completions.create(**ask)
+            (call,) = answer.choices[0].message.tool_calls or []
+            assert call.type == "function"
+            return call.function.arguments
+        deltas = [chunk.choices[0].delta async for chunk in await client.chat.completions.create(**ask, stream=True)]
+        pieces = [call.function for delta in deltas for call in delta.tool_calls or ()]
+        return "".join(piece.arguments or "" for piece in pieces if piece is not None)
+
+    async def answers(client: AsyncOpenAI, stream: bool) -> str:
+        ask = {**ASK, "max_tokens": 48, "response_format": COLOUR}
+        if not stream:
+            return (await client.chat.completions.create(**ask)).choices[0].message.content or ""
+        chunks = [chunk async for chunk in await client.chat.completions.create(**ask, stream=True)]
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    async def scenario() -> list[str]:
+        async with AsyncOpenAI(base_url=site.base_url, api_key="none", max_retries=0, timeout=120) as client:
+            return await asyncio.gather(*(do(client, stream) for do in (calls, answers) for stream in (False, True)))
+
+    *cities, whole, streamed = map(json.loads, asyncio.run(scenario()))
+    assert all(city["city"] in ("Oslo", "Rome") for city in cities)
+    assert all(colour["colour"] in ("red", "blue") for colour in (whole, streamed))
 
 
 def test_the_answer_to_a_tool_call_goes_back_to_the_model(client: OpenAI) -> None:
