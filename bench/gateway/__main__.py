@@ -24,6 +24,8 @@ from bench.measure import Tree, compiled, free_port, machine, running, spread, t
 
 HERE = Path(__file__).parent
 PATH = "/v1/chat/completions"
+KEY = "sk-bench"  # litellm does not start without one; the others do not look at it
+AUTH = f"Authorization: Bearer {KEY}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ def bodies(folder: Path) -> None:
 
 def shoot(load: Path, port: int, body: Path, connections: int, requests: int) -> dict[str, float]:
     """One run of the load generator, on core 1."""
-    command = ["taskset", "-c", "1", load, str(port), PATH, body, str(connections), str(requests)]
+    command = ["taskset", "-c", "1", load, str(port), PATH, body, str(connections), str(requests), AUTH]
     said = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, timeout=300)
     if said.stderr:
         print(said.stderr, file=sys.stderr)
@@ -76,7 +78,7 @@ def shoot(load: Path, port: int, body: Path, connections: int, requests: int) ->
 
 def thousand_streams(load: Path, port: int, body: Path, tree: Tree) -> float:
     """Memory while 1,000 streams of an event a second are open, MB."""
-    command = ["taskset", "-c", "1", str(load), str(port), PATH, str(body), "1000", "0"]
+    command = ["taskset", "-c", "1", str(load), str(port), PATH, str(body), "1000", "0", AUTH]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as held:
         assert held.stdout is not None
         held.stdout.readline()
@@ -113,7 +115,10 @@ def main() -> None:
                 port = free_port()
                 (folder / proxy.name).mkdir()
                 tree = Tree(
-                    proxy.command(port, stub_port, folder / proxy.name), cores="0", log=folder / proxy.name / "log"
+                    proxy.command(port, stub_port, folder / proxy.name),
+                    cores="0",
+                    log=folder / proxy.name / "log",
+                    env={"LITELLM_MASTER_KEY": KEY},
                 )
                 trees[proxy.name] = tree, port
                 wait_for_port(port, tree, 120)
