@@ -9,6 +9,7 @@ import asyncio
 import json
 import re
 import sys
+from functools import partial
 from time import monotonic_ns
 from typing import Any, Final, cast
 
@@ -74,6 +75,10 @@ class Asker(asyncio.Protocol):
             self._done.set_result(None)
 
 
+def _same(asker: Asker) -> Asker:
+    return asker
+
+
 async def main(key: str, port: int, kind: str, streams: int, rounds: int) -> None:
     path, asked = BODIES[kind]
     body = json.dumps(asked).encode()
@@ -86,7 +91,7 @@ async def main(key: str, port: int, kind: str, streams: int, rounds: int) -> Non
     for number in range(streams):
         end = loop.create_future()
         asker = Asker(head.encode() + body, rounds, end, delays)
-        await loop.create_connection(lambda asker=asker: asker, "127.0.0.1", port)
+        await loop.create_connection(partial(_same, asker), "127.0.0.1", port)
         askers.append(asker)
         ends.append(end)
         await asyncio.sleep(0.005 / streams if number else 0)  # spread over one gap
