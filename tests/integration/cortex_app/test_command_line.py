@@ -71,9 +71,11 @@ def test_the_version_is_told() -> None:
     assert cortex_command("--version").out.startswith("cortex 0.")
 
 
-def test_a_shell_can_complete() -> None:
+def test_a_shell_can_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    # typer looks which shell it was started from; CI may be started from none
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     done = cortex_command("--show-completion", "bash")
-    assert (done.code, "_CORTEX_COMPLETE" in done.out or "_COMPLETE" in done.out) == (0, True)
+    assert (done.code, "complete -o default" in done.out) == (0, True)
 
 
 @pytest.mark.parametrize("command", [["status"], ["models"], ["load", "m"], ["unload", "m"], ["status", "--watch"]])
