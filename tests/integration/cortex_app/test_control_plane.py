@@ -53,7 +53,22 @@ def test_the_list_of_models_does_not_fail_because_a_node_does(tmp_path: Path) ->
             assert health["catalogue"] == {"path": str(tmp_path / "models.toml"), "models": 1}
 
     run(scenario())
-    assert node.loads == []  # no listing wakes a model
+
+
+def test_no_probe_or_listing_wakes_a_model_or_touches_its_idle_clock(tmp_path: Path) -> None:
+    used = "2026-11-24T12:00:00.000Z"
+    node = fake("unloaded", last_used=used)
+
+    async def scenario() -> None:
+        async with neurons(node), cortex(tmp_path, {"beast": node.url}, models=CATALOGUE) as gateway:
+            await gateway.until_up("beast")
+            for path in ("/", "/health", "/ready", "/version", "/v1/models", "/v1/models/small", "/models", "/fleet"):
+                assert (await gateway.get(path)).status == 200, path
+            (model,) = (await gateway.get("/fleet")).json()["nodes"][0]["models"]
+            assert (model["status"], model["last_used"]) == ("unloaded", used)
+
+    run(scenario())
+    assert node.loads == []
 
 
 def test_the_fleet_is_told_with_its_nodes_devices_and_models(tmp_path: Path) -> None:
