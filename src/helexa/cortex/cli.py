@@ -114,7 +114,7 @@ def up(
     context: Annotated[int | None, typer.Option(min=1, help="Tokens one request may have.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the logs of both programs.")] = False,
 ) -> None:
-    """Serve a model on this machine, with nothing to configure: a node and a gateway, until Ctrl-C."""
+    """Serve a model on this machine, with nothing to configure. A node and a gateway, until Ctrl-C."""
     from helexa.cortex.up import Wanted, run
 
     sys.exit(run(Wanted(model, _checked_listen(listen), neuron_port, context, verbose)))

@@ -99,7 +99,7 @@ def pull(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch a model from the Hub, or what is missing of it, and print where it is."""
+    """Fetch a model from the Hub, and print where it is. What is there already is not fetched again."""
     import asyncio
 
     from helexa.core.errors import HelexaError
@@ -123,7 +123,7 @@ def pull(
 
 @app.command()
 def models(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """List the models on this host's disk, and what the running daemon does with them."""
+    """List the models on this host's disk. Beside each: what the running daemon does with it."""
     settings = _settings(config)
     running = {entry["id"]: entry for entry in _ask_daemon(settings) or []}
     rows = []
