@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai import OpenAI
 from tests.helpers import tiny_gguf
-from tests.helpers.gateway import cortex_process
+from tests.helpers.gateway import PATIENT, cortex_process
 from tests.helpers.models import gemma, smollm2
 from tests.helpers.neuron_daemon import Daemon, neuron
 
@@ -90,7 +90,10 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     (folder / "text.gguf").write_bytes(b"not a model at all" * 99)
     models = CATALOGUE.format(smollm2=smollm2(), gemma=gemma(), folder=folder)
     settings = f'isolation = "{request.param}"\nmemory_limit_mb = [{LIMIT_MB}]'
-    with neuron(folder, settings) as node, cortex_process(folder, {"beast": node.url}, models=models) as gateway:
+    with (
+        neuron(folder, settings) as node,
+        cortex_process(folder, {"beast": node.url}, toml=PATIENT, models=models) as gateway,
+    ):
         gateway.wait_for(event="node is up")
         with OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
             yield Site(node, gateway, client)

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from tests.helpers.gateway import cortex_process
+from tests.helpers.gateway import PATIENT, cortex_process
 from tests.helpers.models import smollm2
 from tests.helpers.neuron_daemon import Daemon, neuron
 
@@ -65,7 +65,7 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     models = CATALOGUE.format(smollm2=smollm2())
     with (
         neuron(folder, f'isolation = "{request.param}"') as node,
-        cortex_process(folder, {"local": node.url}, models=models) as gateway,
+        cortex_process(folder, {"local": node.url}, toml=PATIENT, models=models) as gateway,
     ):
         gateway.wait_for(event="node is up")
         it = Site(node, gateway)

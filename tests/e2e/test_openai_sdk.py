@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
-from tests.helpers.gateway import cortex_process
+from tests.helpers.gateway import PATIENT, cortex_process
 from tests.helpers.models import gemma, smollm2
 from tests.helpers.neuron_daemon import Daemon, neuron
 
@@ -95,7 +95,10 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder: Path = tmp_path_factory.mktemp("site")
     models = CATALOGUE.format(smollm2=smollm2(), gemma=gemma())
     settings = f'isolation = "{request.param}"'
-    with neuron(folder, settings) as node, cortex_process(folder, {"local": node.url}, models=models) as gateway:
+    with (
+        neuron(folder, settings) as node,
+        cortex_process(folder, {"local": node.url}, toml=PATIENT, models=models) as gateway,
+    ):
         gateway.wait_for(event="node is up")
         with OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
             yield Site(node, gateway, client)

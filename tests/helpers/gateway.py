@@ -24,6 +24,9 @@ body_limit_mb = 1
 interval_s = 0.4
 """
 
+# For a node with `isolation = "none"`: while its engine loads it answers nothing, and may be taken for dead.
+PATIENT = SETTINGS.replace("interval_s = 0.4", "interval_s = 5")
+
 
 class Gateway:
     """daemon: the process; ask and api: the same server for whole answers and for streams."""
