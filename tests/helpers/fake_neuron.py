@@ -45,6 +45,7 @@ class FakeNeuron:
         self.load_may_end.set()
         self.asked: Counter[str] = Counter()
         self.loads: list[LoadRequest] = []
+        self.unloads: list[UnloadRequest] = []
         self.uptime_from = time.monotonic()
         self.seq = 0
         self.port = 0
@@ -68,6 +69,7 @@ class FakeNeuron:
             "/models/load": self._load,
             "/models/estimate": self._estimate,
             "/models/unload": self._unload,
+            "/defrag": self._defrag,
         }
         routes = [Route(p, self._guarded(p, f), methods=["GET", "POST"]) for p, f in paths.items()]
         routes += self.more_routes()
@@ -212,9 +214,21 @@ class FakeNeuron:
         else:
             self.put(model_id, "loaded", vram_used_mb=need_mb)
 
+    async def _defrag(self, request: Request) -> Response:
+        if any(m.active_requests for m in self.models.values()):
+            return _error(409, code="in_use", message="the devices are in use")
+        return _json({"before": [], "after": []})
+
     async def _unload(self, request: Request) -> Response:
         order = msgspec.json.decode(await request.body(), type=UnloadRequest)
+        self.unloads.append(order)
         info = self.models[order.id]
+        if info.active_requests and order.drain_s > 1:
+            self.put(order.id, "unloading", vram_used_mb=info.vram_used_mb, active_requests=info.active_requests)
+            until = time.monotonic() + order.drain_s
+            while self.models[order.id].active_requests and time.monotonic() < until:
+                await asyncio.sleep(0.01)
+            info = self.models[order.id]
         if info.active_requests and not order.force:
             told = {"active_requests": info.active_requests}
             return _error(409, code="model_in_use", message=f"{order.id} is in use", **told)

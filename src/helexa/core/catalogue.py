@@ -15,9 +15,7 @@ from helexa.core.lifecycle import LoadRequest, ServingProfile
 from helexa.core.settings_file import Fault, Key
 
 # Wishes that wait for the part that will act on them.
-IDLE = frozenset(
-    {("models", k) for k in ("residency_priority", "ttl_s", "max_replicas", "preload", "vram_mb", "limits")}
-)
+IDLE = frozenset({("models", "limits")})
 
 
 class ModelProfile(ServingProfile, frozen=True):

@@ -27,10 +27,7 @@ CORTEX_VARIABLES = frozenset({"CORTEX_URL", "CORTEX_CONFIG"})
 NEURON_VARIABLES = frozenset({"NEURON_CONFIG"})
 
 # Keys of the contract that wait for the part that will act on them. Taken, and told: silence would be a lie.
-IDLE = frozenset(
-    {("eviction", "strategy"), ("eviction", "defrag_after_cycles")}
-    | {("default_models", key) for key in ("vram_mb", "limits")}
-)
+IDLE = frozenset({("default_models", key) for key in ("vram_mb", "limits")})
 
 Seconds = Annotated[float, Meta(gt=0, le=604_800)]  # a week: whoever asks for more has mistaken the unit
 Grace = Annotated[float, Meta(ge=0, le=86_400)]

@@ -126,6 +126,7 @@ class Cortex:
         for warning in self._warnings:
             log.warning(warning)
         await self.poller.start()
+        self.loader.start()
         return Addresses(api, metrics)
 
     async def stop(self, *, drain_s: float) -> int:

@@ -8,8 +8,9 @@ anywhere, whoever began it, is followed and never begun a second time.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Final
@@ -18,32 +19,27 @@ from helexa.core import logs
 from helexa.core.config import CortexSettings
 from helexa.core.errors import (
     BadRequest,
-    Conflict,
     HelexaError,
     NoNode,
     Overloaded,
     ShuttingDown,
     nearest,
 )
-from helexa.core.lifecycle import Estimate, ModelInfo, ModelStatus
-from helexa.cortex import load_failures, placement, swapper
+from helexa.core.lifecycle import ModelStatus
+from helexa.cortex import keeper, load_failures, swapper
 from helexa.cortex.eviction import POLICIES
 from helexa.cortex.fleet import Fleet, Node
-from helexa.cortex.needs import Make
+from helexa.cortex.keeper import Keeper
 from helexa.cortex.orders import HELD, Orders, status_on
-from helexa.cortex.plans import Bar, NoPlan, Plan, Wanted
+from helexa.cortex.placer import Placer, preference
+from helexa.cortex.plans import Plan
 from helexa.cortex.standing import UNDER_WAY, Standing
 from helexa.cortex.survey import Survey, make_of, more_than
 from helexa.cortex.swapper import Failure, Kind, Phase, Waiter
 
 log = logs.get("cortex.loader")
 
-LOOK_AGAIN_S: Final = 1.0  # for room, while everything that may go is in use; news of it come sooner
 ROOM_EVERY_S: Final = 0.05  # how often news of room make new plans, at most
-STRANGERS_S: Final = 5.0  # how long room is waited for that only processes of others, or nobody, could give back
-DRAIN_S: Final = 30.0  # what requests to a victim get to finish
-IDLE_DRAIN_S: Final = 1.0  # and where we know of none: one may have ended here that the node is still closing
-ESTIMATE_LASTS_S: Final = 60.0
 OPERATOR_STEPS: Final = 64  # unloads for one load that an operator ordered to a node
 
 
@@ -60,11 +56,19 @@ class LoadRecord:
 class Loader:
     """on_load: called after each load that ended, failed ones too."""
 
-    def __init__(self, fleet: Fleet, settings: CortexSettings, *, drain_after_s: float = swapper.DRAIN_AFTER_S) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        settings: CortexSettings,
+        *,
+        drain_after_s: float = swapper.DRAIN_AFTER_S,
+        keep_every_s: float = keeper.EVERY_S,
+        copy_idle_s: float = keeper.COPY_IDLE_S,
+    ) -> None:
         self.survey = Survey(fleet)
         self._fleet = fleet
         self._orders = Orders(fleet, self.survey)
-        self._policy = POLICIES[settings.eviction.strategy]
+        self._placer = Placer(fleet, self.survey, self._orders, POLICIES[settings.eviction.strategy])
         self._wait_s = settings.loading.wait_s
         self._state = swapper.State(queue=settings.loading.queue, drain_after_s=drain_after_s)
         self._events: deque[swapper.Event] = deque()
@@ -74,9 +78,19 @@ class Loader:
         self._tasks: set[asyncio.Task[None]] = set()
         self._served: set[Waiter] = set()  # told to go, and not gone yet
         self._placing: dict[str, asyncio.Task[None]] = {}
-        self._estimated_at: dict[tuple[str, Make], float] = {}
-        self._checked_at: dict[tuple[str, str], float] = {}
         self._began: dict[tuple[str, str], float] = {}
+        self._keeper = Keeper(
+            fleet,
+            self.survey,
+            self._orders,
+            self._placer,
+            ensure=self.ensure,
+            load_on=self._see_through,
+            is_busy=self._is_busy,
+            defrag_after_cycles=settings.eviction.defrag_after_cycles,
+            every_s=keep_every_s,
+            copy_idle_s=copy_idle_s,
+        )
         self._operators = count()
         self._room: asyncio.TimerHandle | None = None
         self._room_at = 0.0
@@ -84,6 +98,10 @@ class Loader:
         self._stopped = False
         self.on_load: list[Callable[[LoadRecord], None]] = []
         fleet.on_change.append(self._changed)
+
+    def start(self) -> None:
+        """Keeps the fleet from now on: preloads, copies, unloads of what is idle. After the first polls."""
+        self._keeper.start()
 
     # for requests
 
@@ -135,7 +153,7 @@ class Loader:
             return
         failures: list[Failure] = []
         nodes = [(n, None) for n in self._fleet.nodes.values() if n.state in ("up", "suspect")]
-        for target, _ in sorted(nodes, key=_preference):
+        for target, _ in sorted(nodes, key=preference):
             failure = await self._see_through(model_id, target)
             if failure is None:
                 return
@@ -167,6 +185,7 @@ class Loader:
             if timer is not None:
                 timer.cancel()
         self._listen(False)
+        await self._keeper.stop()
         self._refuse(tuple(self._waiters), _shutting_down)
         tasks = [*self._loads.values(), *self._tasks, *self._placing.values()]
         for task in tasks:
@@ -234,10 +253,16 @@ class Loader:
 
     def _break_promises(self) -> None:
         """Those of loads that were not ordered and will not be."""
+        copying = self._keeper.copying
         for (model, name), promise in list(self.survey.promises.items()):
             pursuit = self._state.wanted.get(model)
-            if promise.ordered_at is None and (pursuit is None or pursuit.node != name):
+            if promise.ordered_at is None and model not in copying and (pursuit is None or pursuit.node != name):
                 del self.survey.promises[model, name]
+
+    def _is_busy(self, name: str) -> bool:
+        """Does a pursuit or a load use this node now?"""
+        pursued = any(pursuit.node == name for pursuit in self._state.wanted.values())
+        return pursued or any(on == name for _, on in (*self._loads, *self.survey.promises))
 
     def _listen(self, on: bool) -> None:
         """Whether a model that becomes idle is news."""
@@ -253,7 +278,7 @@ class Loader:
         self._room, self._room_at = None, asyncio.get_running_loop().time()
         self._feed(swapper.Room())
 
-    # where
+    # places and room
 
     def _place(self, command: swapper.Place) -> None:
         """At once; where a node's estimate is needed first, when that has come."""
@@ -262,131 +287,39 @@ class Loader:
         if before is not None:
             before.cancel()
         nodes = [node for node, _ in self._fleet.holders(model) if node.name not in command.avoid]
-        if any(status_on(node, model) in UNDER_WAY for node in nodes) or not self._unknown(model, nodes):
-            self._feed(self._decide(command))
+        if any(status_on(node, model) in UNDER_WAY for node in nodes) or not self._placer.unknown(model, nodes):
+            self._feed(self._placer.place(command, self._state.wanted[model].since))
             return
 
         async def ask_first() -> None:
-            await self._ask_needs(model, nodes)
+            await self._placer.ask_needs(model, nodes)
             if self._placing.get(model) is task:
                 del self._placing[model]
                 pursuit = self._state.wanted.get(model)
                 if pursuit is not None and pursuit.phase is Phase.PLACING:
-                    self._feed(self._decide(command))
+                    self._feed(self._placer.place(command, self._state.wanted[model].since))
 
         task = self._placing[model] = asyncio.create_task(ask_first())
-
-    def _decide(self, command: swapper.Place) -> swapper.Event:
-        """1. Where a load is under way. 2. The plan that costs least. 3. Nodes of which nobody knows what it needs:
-        where most room is; the node will tell. 4. With models in use, which then have to finish. 5. Nowhere."""
-        model, now = command.model, asyncio.get_running_loop().time()
-        self.survey.take_back(model)
-        holders = [(node, info) for node, info in self._fleet.holders(model) if node.name not in command.avoid]
-        under_way = [node for node, _ in holders if status_on(node, model) in UNDER_WAY]
-        if under_way:
-            return swapper.Placed(model, min(under_way, key=lambda n: n.state != "up").name)
-        nodes = [node for node, _ in holders]
-        wanted = self.survey.wanted(model, nodes)
-        views = self.survey.views([n.name for n in nodes], now)
-        found = placement.plan(views, wanted, self._policy, now)
-        unknown = [h for h in holders if wanted.need is None and h[0].name not in wanted.need_on]
-        if isinstance(found, NoPlan) and unknown:
-            return swapper.Placed(model, min(unknown, key=_preference)[0].name)
-        if isinstance(found, NoPlan) and command.drain:
-            drained = placement.plan(views, wanted, self._policy, now, drain=True)
-            found = drained if isinstance(drained, Plan) else found
-        if isinstance(found, NoPlan):
-            return self._no_place(found, wanted, nodes, now)
-        self.survey.promise(found)
-        if found.victims:
-            log.info(
-                "room is made", model=model, node=found.node, victims=list(found.victims), price=round(found.price, 6),
-                drains=list(found.drains), need_mb=found.need.total_mb, by=found.need.source,
-            )  # fmt: skip
-        return swapper.Placed(model, found.node, found.victims, found.drains)
-
-    def _no_place(self, found: NoPlan, wanted: Wanted, nodes: list[Node], now: float) -> swapper.NoPlace:
-        """Waiting helps where the model would fit once all that may go has gone."""
-        again_at = None
-        names = [n.name for n in nodes]
-        later = self.survey.may_fit_later(names, wanted.priority, by_class=self._policy.by_class, now=now)
-        since = self._state.wanted[found.model].since
-        might = isinstance(placement.plan(later, wanted, self._policy, now), Plan)
-        if might or (any(r.bar is Bar.NOT_NOW for r in found.reasons) and now - since < STRANGERS_S):
-            again_at = max(now + 0.02, min(now + LOOK_AGAIN_S, found.again_at or now + LOOK_AGAIN_S))
-            for node in nodes:  # others' requests are known from polls only; they may be over
-                if any(replica.others for replica in node.replicas.values()):
-                    self._fleet.doubt(node)
-        return swapper.NoPlace(found.model, again_at, load_failures.of_reasons(found.reasons))
-
-    def _unknown(self, model_id: str, nodes: Iterable[Node]) -> list[Node]:
-        """A node of each make where it is not known what the model takes; one that has the file before others."""
-        spec, now = self.survey.spec(model_id), asyncio.get_running_loop().time()
-        of_make: dict[Make, Node] = {}
-        for node in sorted(nodes, key=lambda n: (model_id not in n.models, n.state != "up")):
-            make = make_of(node)
-            asked_at = self._estimated_at.get((spec, make))
-            if self.survey.needs.on(spec, make) is None and (asked_at is None or now - asked_at > ESTIMATE_LASTS_S):
-                of_make.setdefault(make, node)
-        return list(of_make.values())
-
-    async def _ask_needs(self, model_id: str, nodes: Iterable[Node]) -> None:
-        await asyncio.gather(*(self._ask_need(model_id, node) for node in self._unknown(model_id, nodes)))
-
-    async def _ask_need(self, model_id: str, node: Node) -> Failure | None:
-        """The node's estimate is remembered; its reason, where it can never serve the model, returned."""
-        spec, make = self.survey.spec(model_id), make_of(node)
-        said = await self._orders.estimate(model_id, node)
-        self._estimated_at[spec, make] = asyncio.get_running_loop().time()
-        if isinstance(said, Estimate):
-            self.survey.needs.estimated(spec, make, {d.index: d.need_mb for d in said.devices})
-            return None
-        return said if said.kind is Kind.NEVER else None
-
-    # room
 
     async def _clear(self, command: swapper.Clear) -> None:
         node = self._fleet.nodes[command.node]
         try:
-            failure = await self._clear_one(command.model, node, command.victim, drain=command.drain)
+            failure = await self._placer.clear(command.model, node, command.victim, drain=command.drain)
         except Exception as err:  # as in _pursue
             log.exception("making room went wrong", model=command.model, node=node.name)
             failure = Failure(node.name, Kind.FAILED, f"{type(err).__name__}: {err}")
         self._feed(swapper.Cleared(command.model, node.name, failure))
-
-    async def _clear_one(self, model_id: str, node: Node, victim: str, *, drain: bool) -> Failure | None:
-        """1. Could the node load it at all, and is the need as the plan had it? 2. The victim goes. 3. A fresh look."""
-        key, loop = (self.survey.spec(model_id), node.name), asyncio.get_running_loop()
-        if loop.time() - self._checked_at.get(key, -ESTIMATE_LASTS_S) >= ESTIMATE_LASTS_S:
-            before = self.survey.needs.on(key[0], make_of(node))
-            never = await self._ask_need(model_id, node)
-            if never is not None:
-                return never
-            self._checked_at[key] = loop.time()
-            if self.survey.needs.on(key[0], make_of(node)) != before:
-                return None  # a new plan, before anything is unloaded
-        try:
-            await self._orders.unload(victim, node, drain_s=DRAIN_S if drain else IDLE_DRAIN_S)
-        except Conflict as err:
-            log.info("a victim is in use", model=victim, node=node.name, wanted=model_id)
-            return Failure(node.name, Kind.BUSY, err.message)
-        except HelexaError as err:
-            return Failure(node.name, Kind.GONE, err.message)
-        await self._orders.look(node)
-        return None
 
     async def _load_there(self, model_id: str, node: Node) -> Failure | None:
         """On this node, by an operator's word: what is idle goes for it, as for a request."""
         for _ in range(OPERATOR_STEPS):
             if status_on(node, model_id) in UNDER_WAY | {ModelStatus.LOADED}:
                 break
-            await self._ask_needs(model_id, [node])
-            now, wanted = asyncio.get_running_loop().time(), self.survey.wanted(model_id, [node])
-            [view] = self.survey.views([node.name], now)
-            found = placement.on_node(view, wanted, self._policy, now)
+            await self._placer.ask_needs(model_id, [node])
+            found = self._placer.on_node(model_id, node)
             if not isinstance(found, Plan) or not found.victims:
                 break  # the node itself says what is wrong, if anything is
-            if await self._clear_one(model_id, node, found.victims[0], drain=False) is not None:
+            if await self._placer.clear(model_id, node, found.victims[0], drain=False) is not None:
                 break
         return await self._see_through(model_id, node)
 
@@ -412,20 +345,21 @@ class Loader:
         return await asyncio.shield(task)
 
     async def _load_on(self, model_id: str, node: Node) -> Failure | None:
-        key, loop = (model_id, node.name), asyncio.get_running_loop()
-        began = self._began[key] = loop.time()
+        key = (model_id, node.name)
+        began = self._began[key] = time.monotonic()  # the loop's own is of milliseconds
         is_ours = status_on(node, model_id) not in UNDER_WAY
         try:
             failure = await self._orders.load(model_id, node) if is_ours else None
             promise = self.survey.promises.get(key)
             if promise is not None and failure is None:
-                promise.ordered_at = loop.time()
+                promise.ordered_at = time.monotonic()
             if failure is None:
                 failure = await self._orders.follow(model_id, node)
         finally:
             del self._began[key]
-        seconds = loop.time() - began
+        seconds = time.monotonic() - began
         if failure is None:
+            self._keeper.loaded(node.name)
             if is_ours:
                 self.survey.needs.lasted(self.survey.spec(model_id), make_of(node), node.name, seconds)
             log.info("model is loaded", model=model_id, node=node.name, seconds=round(seconds, 2))
@@ -498,19 +432,6 @@ class Loader:
         if node.state == "down":
             raise NoNode(f"{name} is down ({node.last_error})")
         return node
-
-
-def _preference(candidate: tuple[Node, ModelInfo | None]) -> tuple[bool, bool, bool, bool, int]:
-    node, info = candidate
-    status = info.parsed_status if info is not None else None
-    # free room that is unknown sorts with none: such a node is asked last, not never
-    return (
-        status not in UNDER_WAY,
-        node.state != "up",
-        status is ModelStatus.UNLOADING,
-        info is None,
-        -(node.free_mb or 0),
-    )
 
 
 def _shutting_down() -> ShuttingDown:

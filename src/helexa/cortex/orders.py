@@ -138,6 +138,16 @@ class Orders:
             failure if failure.kind is Kind.NEVER and not is_absent else Failure(node.name, Kind.GONE, failure.reason)
         )
 
+    async def defrag(self, node: Node) -> dict[str, Any] | Failure:
+        """POST /defrag: its memory before and after; or why not."""
+        try:
+            answer = await node.upstream.fetch("POST", "/defrag", b"{}", timeout_s=ANSWER_S)
+            if answer.status == 200:
+                return {key: answer.json().get(key) for key in ("before", "after")}
+        except (OSError, TimeoutError, ValueError, AttributeError) as err:
+            return Failure(node.name, Kind.GONE, words(err))
+        return Failure(node.name, Kind.BUSY, load_failures.refusal_message(answer.body))
+
     async def look(self, node: Node) -> None:
         """Its models and memory as they are now, into the view. A node that does not answer is left to the polls."""
         started = time.monotonic()

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import pytest
 from tests.helpers.aio import run
-from tests.helpers.fake_neuron import FakeNeuron, neurons
+from tests.helpers.fake_neuron import FakeNeuron
 from tests.helpers.fleets import until
+from tests.helpers.loaders import QWEN, Gateway, gateway
 
-from helexa.core.catalogue import Catalogue, ModelProfile
-from helexa.core.config import CortexSettings, Loading, NeuronEntry, Poll
+from helexa.core.catalogue import ModelProfile
+from helexa.core.config import Loading
 from helexa.core.errors import (
     BadRequest,
     Conflict,
@@ -25,44 +23,7 @@ from helexa.core.errors import (
     Overloaded,
     ShuttingDown,
 )
-from helexa.cortex.fleet import Fleet
-from helexa.cortex.loader import Loader, LoadRecord
-from helexa.cortex.poller import Poller
-
-QWEN = ModelProfile(id="qwen", source="org/qwen", quant="Q4_K_M", context=4096, vram_mb=5000, pinned_on=[])
-
-
-@dataclass
-class Gateway:
-    fleet: Fleet
-    loader: Loader
-    poller: Poller
-
-    def told(self, model_id: str, node: str) -> str | None:
-        info = self.fleet.nodes[node].models.get(model_id)
-        return info.status if info is not None else None
-
-
-@asynccontextmanager
-async def gateway(
-    models: Iterable[ModelProfile] = (QWEN,),
-    *,
-    interval_s: float = 0.3,
-    loading: Loading | None = None,
-    **fakes: FakeNeuron,
-) -> AsyncIterator[Gateway]:
-    async with neurons(*fakes.values()):
-        entries = [NeuronEntry(name=name, endpoint=fake.url) for name, fake in fakes.items()]
-        settings = CortexSettings(neurons=entries, poll=Poll(interval_s=interval_s), loading=loading or Loading())
-        fleet = Fleet(settings, Catalogue(models=list(models)))
-        loader, poller = Loader(fleet, settings), Poller(fleet, settings)
-        await poller.start()
-        try:
-            yield Gateway(fleet, loader, poller)
-        finally:
-            await loader.stop()
-            await poller.stop()
-            fleet.close()
+from helexa.cortex.loader import LoadRecord
 
 
 async def refused(gate: Gateway, model_id: str = "qwen", waiter: int = 1) -> HelexaError:

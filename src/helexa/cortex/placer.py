@@ -1,0 +1,166 @@
+"""Where a model can be loaded, and the making of room for it: placements over the survey of the fleet, with what has to
+be asked of nodes before and done on them after.
+
+What a model needs is asked of a node of each make before the first plan, and of the chosen node before anything is
+unloaded there: a file that is not there, or is not whole, must not cost others their place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Final
+
+from helexa.core import logs
+from helexa.core.errors import Conflict, HelexaError
+from helexa.core.lifecycle import Estimate, ModelInfo, ModelStatus
+from helexa.cortex import load_failures, placement, swapper
+from helexa.cortex.eviction import Policy
+from helexa.cortex.fleet import Fleet, Node
+from helexa.cortex.needs import Make
+from helexa.cortex.orders import Orders, status_on
+from helexa.cortex.plans import Bar, NoPlan, Plan, Reason, Wanted
+from helexa.cortex.standing import UNDER_WAY
+from helexa.cortex.survey import Survey, make_of
+from helexa.cortex.swapper import Failure, Kind
+
+log = logs.get("cortex.placer")
+
+LOOK_AGAIN_S: Final = 1.0  # for room, while everything that may go is in use; news of it come sooner
+STRANGERS_S: Final = 5.0  # how long room is waited for that only processes of others, or nobody, could give back
+DRAIN_S: Final = 30.0  # what requests to a victim get to finish
+IDLE_DRAIN_S: Final = 1.0  # and where we know of none: one may have ended here that the node is still closing
+ESTIMATE_LASTS_S: Final = 60.0
+
+
+class Placer:
+    def __init__(self, fleet: Fleet, survey: Survey, orders: Orders, policy: Policy) -> None:
+        self._fleet = fleet
+        self._survey = survey
+        self._orders = orders
+        self._policy = policy
+        self._estimated_at: dict[tuple[str, Make], float] = {}
+        self._checked_at: dict[tuple[str, str], float] = {}
+
+    def place(self, command: swapper.Place, since: float) -> swapper.Placed | swapper.NoPlace:
+        """1. Where a load is under way. 2. The plan that costs least. 3. Nodes of which nobody knows what it needs:
+        where most room is; the node will tell. 4. With models in use, which then have to finish. 5. Nowhere."""
+        model, now = command.model, asyncio.get_running_loop().time()
+        self._survey.take_back(model)
+        holders = [(node, info) for node, info in self._fleet.holders(model) if node.name not in command.avoid]
+        under_way = [node for node, _ in holders if status_on(node, model) in UNDER_WAY]
+        if under_way:
+            return swapper.Placed(model, min(under_way, key=lambda n: n.state != "up").name)
+        nodes = [node for node, _ in holders]
+        wanted = self._survey.wanted(model, nodes)
+        views = self._survey.views([n.name for n in nodes], now)
+        found = placement.plan(views, wanted, self._policy, now)
+        unknown = [h for h in holders if wanted.need is None and h[0].name not in wanted.need_on]
+        if isinstance(found, NoPlan) and unknown:
+            return swapper.Placed(model, min(unknown, key=preference)[0].name)
+        if isinstance(found, NoPlan) and command.drain:
+            drained = placement.plan(views, wanted, self._policy, now, drain=True)
+            found = drained if isinstance(drained, Plan) else found
+        if isinstance(found, NoPlan):
+            return self._no_place(found, wanted, nodes, since, now)
+        self._survey.promise(found)
+        if found.victims:
+            log.info(
+                "room is made", model=model, node=found.node, victims=list(found.victims), price=round(found.price, 6),
+                drains=list(found.drains), need_mb=found.need.total_mb, by=found.need.source,
+            )  # fmt: skip
+        return swapper.Placed(model, found.node, found.victims, found.drains)
+
+    def on_node(self, model_id: str, node: Node) -> Plan | Reason:
+        """The plan for this node; nothing is promised."""
+        now = asyncio.get_running_loop().time()
+        [view] = self._survey.views([node.name], now)
+        return placement.on_node(view, self._survey.wanted(model_id, [node]), self._policy, now)
+
+    def copy(self, model_id: str, *, displaces: bool) -> Plan | None:
+        """Where another copy could go; without `displaces` only into free room. Promised."""
+        now = asyncio.get_running_loop().time()
+        nodes = [
+            node for node, _ in self._fleet.holders(model_id) if status_on(node, model_id) is not ModelStatus.LOADED
+        ]
+        wanted = self._survey.wanted(model_id, nodes)
+        found = placement.plan(self._survey.views([n.name for n in nodes], now), wanted, self._policy, now)
+        if not isinstance(found, Plan) or (found.victims and not displaces):
+            return None
+        self._survey.promise(found)
+        return found
+
+    def _no_place(self, found: NoPlan, wanted: Wanted, nodes: list[Node], since: float, now: float) -> swapper.NoPlace:
+        """Waiting helps where the model would fit once all that may go has gone."""
+        again_at = None
+        names = [n.name for n in nodes]
+        later = self._survey.may_fit_later(names, wanted.priority, by_class=self._policy.by_class, now=now)
+        might = isinstance(placement.plan(later, wanted, self._policy, now), Plan)
+        if might or (any(r.bar is Bar.NOT_NOW for r in found.reasons) and now - since < STRANGERS_S):
+            again_at = max(now + 0.02, min(now + LOOK_AGAIN_S, found.again_at or now + LOOK_AGAIN_S))
+            for node in nodes:  # others' requests are known from polls only; they may be over
+                if any(replica.others for replica in node.replicas.values()):
+                    self._fleet.doubt(node)
+        return swapper.NoPlace(found.model, again_at, load_failures.of_reasons(found.reasons))
+
+    # needs
+
+    def unknown(self, model_id: str, nodes: Iterable[Node]) -> list[Node]:
+        """A node of each make where it is not known what the model takes; one that has the file before others."""
+        spec, now = self._survey.spec(model_id), asyncio.get_running_loop().time()
+        of_make: dict[Make, Node] = {}
+        for node in sorted(nodes, key=lambda n: (model_id not in n.models, n.state != "up")):
+            make = make_of(node)
+            asked_at = self._estimated_at.get((spec, make))
+            if self._survey.needs.on(spec, make) is None and (asked_at is None or now - asked_at > ESTIMATE_LASTS_S):
+                of_make.setdefault(make, node)
+        return list(of_make.values())
+
+    async def ask_needs(self, model_id: str, nodes: Iterable[Node]) -> None:
+        await asyncio.gather(*(self._ask_need(model_id, node) for node in self.unknown(model_id, nodes)))
+
+    async def _ask_need(self, model_id: str, node: Node) -> Failure | None:
+        """The node's estimate is remembered; its reason, where it can never serve the model, returned."""
+        spec, make = self._survey.spec(model_id), make_of(node)
+        said = await self._orders.estimate(model_id, node)
+        self._estimated_at[spec, make] = asyncio.get_running_loop().time()
+        if isinstance(said, Estimate):
+            self._survey.needs.estimated(spec, make, {d.index: d.need_mb for d in said.devices})
+            return None
+        return said if said.kind is Kind.NEVER else None
+
+    # room
+
+    async def clear(self, model_id: str, node: Node, victim: str, *, drain: bool) -> Failure | None:
+        """1. Could the node load it at all, and is the need as the plan had it? 2. The victim goes. 3. A fresh look."""
+        key, loop = (self._survey.spec(model_id), node.name), asyncio.get_running_loop()
+        if loop.time() - self._checked_at.get(key, -ESTIMATE_LASTS_S) >= ESTIMATE_LASTS_S:
+            before = self._survey.needs.on(key[0], make_of(node))
+            never = await self._ask_need(model_id, node)
+            if never is not None:
+                return never
+            self._checked_at[key] = loop.time()
+            if self._survey.needs.on(key[0], make_of(node)) != before:
+                return None  # a new plan, before anything is unloaded
+        try:
+            await self._orders.unload(victim, node, drain_s=DRAIN_S if drain else IDLE_DRAIN_S)
+        except Conflict as err:
+            log.info("a victim is in use", model=victim, node=node.name, wanted=model_id)
+            return Failure(node.name, Kind.BUSY, err.message)
+        except HelexaError as err:
+            return Failure(node.name, Kind.GONE, err.message)
+        await self._orders.look(node)
+        return None
+
+
+def preference(candidate: tuple[Node, ModelInfo | None]) -> tuple[bool, bool, bool, bool, int]:
+    node, info = candidate
+    status = info.parsed_status if info is not None else None
+    # free room that is unknown sorts with none: such a node is asked last, not never
+    return (
+        status not in UNDER_WAY,
+        node.state != "up",
+        status is ModelStatus.UNLOADING,
+        info is None,
+        -(node.free_mb or 0),
+    )

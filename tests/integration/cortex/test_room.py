@@ -1,0 +1,185 @@
+"""What goes when a model needs room, against neurons that refuse, drain and die over it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from tests.helpers.aio import run
+from tests.helpers.fake_neuron import FakeNeuron
+from tests.helpers.fleets import until
+from tests.helpers.loaders import QWEN, Gateway, gateway
+
+from helexa.core.catalogue import ModelProfile
+from helexa.core.config import Eviction, Loading
+from helexa.core.errors import Conflict, Overloaded
+
+
+def holding(*models: str, mb: int = 4000, memory_mb: int = 10_000) -> FakeNeuron:
+    node = FakeNeuron(memory_mb=memory_mb)
+    for model in models:
+        node.put(model, "loaded", tell=False, vram_used_mb=mb)
+    return node
+
+
+def used(gate: Gateway, model: str, *, times: int, ago_s: float) -> None:
+    """It had so many requests, the last one so long ago."""
+    at = time.monotonic() - ago_s
+    [replica] = gate.fleet.replicas(model)
+    for _ in range(times):
+        replica.begin(at)
+        replica.end(at)
+
+
+@pytest.mark.parametrize(("strategy", "goes"), [("lru", "often"), ("adaptive", "once")])
+def test_the_strategy_says_which_idle_model_makes_room(strategy: str, goes: str) -> None:
+    async def main() -> None:
+        a = holding("often", "once")
+        async with gateway(eviction=Eviction(strategy=strategy), a=a) as gate:  # type: ignore[arg-type]
+            used(gate, "often", times=50, ago_s=20)
+            used(gate, "once", times=1, ago_s=10)
+            await gate.loader.ensure("qwen", 1)
+            assert [order.id for order in a.unloads] == [goes]
+
+    run(main())
+
+
+def test_with_classes_a_model_of_a_higher_one_is_never_displaced_and_displaces_those_below() -> None:
+    async def main() -> None:
+        a = holding("low", "high")
+        models = [QWEN, ModelProfile(id="high", residency_priority=5)]
+        waits = Loading(wait_s=0.4)
+        async with gateway(models, eviction=Eviction(strategy="priority"), loading=waits, a=a) as gate:
+            used(gate, "low", times=50, ago_s=1)
+            used(gate, "high", times=1, ago_s=100)
+            await gate.loader.ensure("qwen", 1)
+            assert [order.id for order in a.unloads] == ["low"]
+            gate.fleet.profiles["wide"] = ModelProfile(id="wide", vram_mb=8000)
+            with pytest.raises(Overloaded, match="high has a higher residency_priority"):
+                await gate.loader.ensure("wide", 2)
+
+    run(main())
+
+
+def test_no_more_goes_than_is_needed() -> None:
+    async def main() -> None:
+        a = holding("x", "y", "z", mb=3000, memory_mb=9000)
+        async with gateway([ModelProfile(id="m", vram_mb=3000)], a=a) as gate:
+            a.needs_mb["m"] = 3000
+            await gate.loader.ensure("m", 1)
+            assert len(a.unloads) == 1
+            assert sum(info.status == "loaded" for info in a.models.values()) == 3
+
+    run(main())
+
+
+def test_a_victim_that_is_in_use_again_stays_and_another_goes() -> None:
+    async def main() -> None:
+        a = holding("x", "y")
+        async with gateway(a=a, interval_s=60) as gate:
+            used(gate, "x", times=1, ago_s=100)
+            used(gate, "y", times=9, ago_s=1)
+            a.put("x", "loaded", tell=False, vram_used_mb=4000, active_requests=1)  # another gateway's
+            await gate.loader.ensure("qwen", 1)
+            assert [order.id for order in a.unloads] == ["x", "y"]
+            assert gate.told("x", "a") == "loaded"
+
+    run(main())
+
+
+def test_a_node_that_could_never_load_it_evicts_nothing_for_it() -> None:
+    async def main() -> None:
+        a, b = holding("x", "y"), FakeNeuron(memory_mb=9000)
+        a.answers["/models/estimate"] = (422, b'{"error": {"code": "file_not_whole", "message": "it is cut short"}}')
+        b.put("busy", "loaded", vram_used_mb=5000, active_requests=1)
+        async with gateway(a=a, b=b, interval_s=0.2) as gate:
+            waiting = asyncio.create_task(gate.loader.ensure("qwen", 1))
+            await a.until_asked("/models/estimate", 1)
+            b.put("busy", "unloaded")
+            await waiting
+            assert gate.where("qwen") == ["b"]
+            assert a.unloads == []
+
+    run(main())
+
+
+def test_what_is_in_use_has_to_finish_and_go_once_another_has_waited_long_enough() -> None:
+    async def main() -> None:
+        a = holding("x", mb=9000)
+        async with gateway(options={"drain_after_s": 0.3}, a=a) as gate:
+            a.put("x", "loaded", vram_used_mb=9000, active_requests=1)
+            await until(gate.fleet, lambda: gate.fleet.replicas("x")[0].others == 1)
+            waiting = asyncio.create_task(gate.loader.ensure("qwen", 1))
+            await until(gate.fleet, lambda: gate.told("x", "a") == "unloading")
+            assert gate.loader.progress("qwen") == b"making room for qwen on a"
+            assert not gate.fleet.replicas("x"), "nothing new goes to it meanwhile"
+            a.models["x"].active_requests = 0
+            await waiting
+            assert [order.drain_s for order in a.unloads] == [30]
+            assert gate.where("qwen") == ["a"]
+
+    run(main())
+
+
+def test_a_model_that_becomes_idle_makes_room_at_once() -> None:
+    async def main() -> None:
+        a = holding("x", mb=9000)
+        async with gateway(a=a, interval_s=60) as gate:
+            gate.requests("x")
+            waiting = asyncio.create_task(gate.loader.ensure("qwen", 1))
+            await asyncio.sleep(0.1)
+            assert a.unloads == []
+            began = time.monotonic()
+            [replica] = gate.fleet.replicas("x")
+            replica.end(time.monotonic())
+            await waiting
+            assert time.monotonic() - began < 0.5
+
+    run(main())
+
+
+def test_a_node_that_dies_while_it_drains_leaves_the_load_to_another() -> None:
+    async def main() -> None:
+        a, b = holding("x", mb=9000), FakeNeuron(memory_mb=9000)
+        b.put("busy", "loaded", vram_used_mb=5000, active_requests=1)
+        async with gateway(a=a, b=b, interval_s=0.2) as gate:
+            a.hanging.add("/models/unload")
+            waiting = asyncio.create_task(gate.loader.ensure("qwen", 1))
+            await a.until_asked("/models/unload")
+            await a.die()
+            b.put("busy", "unloaded")
+            await waiting
+            assert gate.where("qwen") == ["b"]
+
+    run(main())
+
+
+def test_room_that_was_promised_is_not_planned_twice() -> None:
+    async def main() -> None:
+        a = FakeNeuron(memory_mb=10_000)
+        a.load_may_end.clear()
+        models = [ModelProfile(id=f"m{i}", vram_mb=4000) for i in range(4)]
+        for model in models:
+            a.needs_mb[model.id] = 4000
+        async with gateway(models, a=a, interval_s=60, loading=Loading(wait_s=1)) as gate:
+            waiting = [asyncio.create_task(gate.loader.ensure(m.id, m.id)) for m in models]
+            outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+            assert len(a.loads) == 2, "the others wait, and are not sent to be refused"
+            assert all(isinstance(o, Exception) for o in outcomes)
+
+    run(main())
+
+
+def test_an_operators_load_on_a_node_takes_the_place_of_what_is_idle_there() -> None:
+    async def main() -> None:
+        a, b = holding("x", mb=9000), FakeNeuron(memory_mb=50_000)
+        async with gateway(a=a, b=b) as gate:
+            a.needs_mb |= {"qwen": 5000, "x": 9000}
+            await gate.loader.load("qwen", "a")
+            assert gate.where("qwen") == ["a"]
+            gate.requests("qwen")
+            with pytest.raises(Conflict, match="needs 9000 MB"):
+                await gate.loader.load("x", "a")
+
+    run(main())
