@@ -29,6 +29,7 @@ class FakeNeuron:
     hanging:        paths that are never answered ("*": none is)
     load_errors:    model -> error members and a status for POST /models/load
     load_failure:   what a load ends with in place of "loaded"
+    really_needs_mb: what a load takes in truth; where that is not there, it runs out of memory
     """
 
     def __init__(self, *, memory_mb: int = 10_000, events: bool = True, token: str | None = None) -> None:
@@ -41,6 +42,7 @@ class FakeNeuron:
         self.hanging: set[str] = set()
         self.load_errors: dict[str, tuple[int, dict[str, Any]]] = {}
         self.load_failure: str | None = None
+        self.really_needs_mb: dict[str, int] = {}
         self.load_may_end = asyncio.Event()
         self.load_may_end.set()
         self.asked: Counter[str] = Counter()
@@ -211,8 +213,12 @@ class FakeNeuron:
         await self.load_may_end.wait()
         if self.load_failure is not None:
             self.put(model_id, "failed", error=self.load_failure)
+        elif self.really_needs_mb.get(model_id, 0) > self.memory_mb - sum(
+            m.vram_used_mb or 0 for name, m in self.models.items() if name != model_id
+        ):
+            self.put(model_id, "failed", error="no more memory", error_code="out_of_memory")
         else:
-            self.put(model_id, "loaded", vram_used_mb=need_mb)
+            self.put(model_id, "loaded", vram_used_mb=max(need_mb, self.really_needs_mb.get(model_id, 0)))
 
     async def _defrag(self, request: Request) -> Response:
         if any(m.active_requests for m in self.models.values()):

@@ -151,6 +151,7 @@ class ModelInfo(msgspec.Struct, omit_defaults=True, kw_only=True):
     progress: Progress | None = None
     load_seconds: float | None = None
     error: str | None = None
+    error_code: str | None = None  # "out_of_memory": more memory may mend it
 
     @property
     def parsed_status(self) -> ModelStatus | None:

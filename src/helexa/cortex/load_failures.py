@@ -104,7 +104,7 @@ def no_place(fleet: Fleet, model_id: str, failures: Sequence[Failure], retry_aft
         return Overloaded(
             message, retry_after_s=max(retry, 5), details={"nodes": [_holding(fleet, f) for f in blocked]}
         )
-    if kinds & {Kind.FAILED, Kind.BUSY}:
+    if kinds & {Kind.FAILED, Kind.OUT_OF_MEMORY, Kind.BUSY}:
         return LoadFailed(f"{model_id} could not be loaded: {told}", retry_after_s=retry)
     absent = _absent(fleet, model_id, {f.node for f in failures})
     if kinds and kinds <= {Kind.NEVER, Kind.PINNED} and not absent:
@@ -137,7 +137,7 @@ def on_node(model_id: str, failure: Failure) -> HelexaError:
             return NeverLoads(message, details=failure.details)
         case Kind.GONE:
             return NoNode(message)
-        case Kind.FAILED | Kind.BUSY:
+        case Kind.FAILED | Kind.OUT_OF_MEMORY | Kind.BUSY:
             return LoadFailed(message)
 
 

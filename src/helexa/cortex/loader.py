@@ -366,7 +366,7 @@ class Loader:
         else:
             self.survey.promises.pop(key, None)
             log.warning("load failed", model=model_id, node=node.name, kind=failure.kind.value, reason=failure.reason)
-            if failure.kind is Kind.NO_ROOM:
+            if failure.kind in (Kind.NO_ROOM, Kind.OUT_OF_MEMORY):
                 await self._learn_from(failure, model_id, node)
         record = LoadRecord(model_id, node.name, seconds, failure.reason if failure else None)
         for call in self.on_load:
@@ -379,7 +379,7 @@ class Loader:
         need_mb = failure.details.get("need_mb")
         if not isinstance(need_mb, int):
             [view] = self.survey.views([node.name], asyncio.get_running_loop().time())
-            need_mb = more_than(view)
+            need_mb = more_than(view)  # out of memory: one more has to go
         self.survey.needs.refused(self.survey.spec(model_id), make_of(node), need_mb)
 
     # what changed, and what to say

@@ -17,7 +17,10 @@ Make = tuple[tuple[str, int | None], ...]  # (name, total MB) of each device
 
 @dataclass(slots=True)
 class _Known:
+    """least_mb: what was not enough, and one more; until a load succeeds."""
+
     need: Need | None = None
+    least_mb: int = 0
     load_s: dict[str, float] = field(default_factory=dict)  # by node
 
 
@@ -28,7 +31,11 @@ class Needs:
 
     def on(self, spec: str, make: Make) -> Need | None:
         known = self._by_make.get(spec, {}).get(make)
-        return known.need if known is not None else None
+        if known is None:
+            return None
+        if known.least_mb > (known.need.total_mb if known.need is not None else 0):
+            return Need((known.least_mb,), "estimate")
+        return known.need
 
     def anywhere(self, spec: str) -> Need | None:
         """On whatever make it was met last."""
@@ -43,20 +50,20 @@ class Needs:
 
     def took(self, spec: str, make: Make, memory_mb: Mapping[int, int]) -> None:
         """Loaded, and holding this, by device."""
+        self._known(spec, make).least_mb = 0
         self._learn(spec, make, Need(tuple(mb for _, mb in sorted(memory_mb.items())), "measured"))
 
     def estimated(self, spec: str, make: Make, need_mb: Mapping[int, int]) -> None:
         """A node's estimate. What a load really took counts more, unless the estimate is what stands in its way."""
-        before = self.on(spec, make)
+        before = self._known(spec, make).need
         need = Need(tuple(mb for _, mb in sorted(need_mb.items())), "estimate")
         if before is None or before.source != "measured" or need.total_mb > before.total_mb:
             self._learn(spec, make, need)
 
     def refused(self, spec: str, make: Make, least_mb: int) -> None:
         """A node did not load it into less than this: true of its make, and no guess for others."""
-        before = self.on(spec, make)
-        if before is None or before.total_mb < least_mb:
-            self._known(spec, make).need = Need((least_mb,), "estimate")
+        known = self._known(spec, make)
+        known.least_mb = max(known.least_mb, least_mb)
 
     def lasted(self, spec: str, make: Make, node: str, seconds: float) -> None:
         known = self._known(spec, make)

@@ -78,7 +78,8 @@ class Orders:
                     return gone(node)
                 if status is ModelStatus.FAILED:
                     reason = info.error if info is not None and info.error else "the load failed, without a reason"
-                    return Failure(node.name, Kind.FAILED, reason)
+                    starved = info is not None and info.error_code == "out_of_memory"
+                    return Failure(node.name, Kind.OUT_OF_MEMORY if starved else Kind.FAILED, reason)
                 if info is None or status is ModelStatus.UNLOADED:
                     why = (info.error if info is not None else None) or "it was unloaded, or the node restarted"
                     return Failure(node.name, Kind.FAILED, f"gave up the load: {why}")

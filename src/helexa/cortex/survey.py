@@ -239,8 +239,9 @@ def make_of(node: Node) -> Make:
 
 
 def more_than(view: NodeView) -> int:
-    """What a model needs at least that a node refused without figures."""
-    return sum(d.room_mb for d in view.devices) + 1
+    """What a model needs at least that had not enough in the room there is; alone there, it may have all."""
+    room, empty = sum(d.room_mb for d in view.devices), sum(d.empty_mb for d in view.devices)
+    return min(room + 1, empty)
 
 
 def _last_used(replica: Replica | None, info: ModelInfo, now: float) -> float:

@@ -37,6 +37,7 @@ class Kind(Enum):
     PINNED = "pinned"  # it would have room if a pinned model went, which none does
     NEVER = "never"  # it can never hold it, or the file or the profile is wrong
     FAILED = "failed"  # it was tried and went wrong
+    OUT_OF_MEMORY = "out of memory"  # it was tried, and took more than was there
     GONE = "gone"  # the node died, or did not answer
     BUSY = "busy"  # it will be able to soon (an unload is under way): worth waiting for
     DIFFERENT = "different"  # loaded there with another profile; only an operator is told
@@ -49,6 +50,7 @@ REST_S: Final[dict[Kind, tuple[float, float]]] = {
     Kind.PINNED: (1, 1),
     Kind.NEVER: (10, 60),
     Kind.FAILED: (10, 300),
+    Kind.OUT_OF_MEMORY: (10, 300),
     Kind.GONE: (2, 30),
     Kind.BUSY: (0.5, 2),
     Kind.DIFFERENT: (1, 1),
@@ -237,6 +239,7 @@ class Pursuit:
     tried:     the nodes where it failed
     blocked:   what stood against each node when it was last looked for one
     conflicts: refusals in a row; contested: the nodes that refused lately, left out until the next rest is over
+    starved:   a load ran out of memory, and was planned once more with a greater need
     """
 
     phase: Phase
@@ -248,6 +251,7 @@ class Pursuit:
     blocked: tuple[Failure, ...] = ()
     conflicts: int = 0
     contested: frozenset[str] = frozenset()
+    starved: bool = False
 
     def names(self) -> tuple[Waiter, ...]:
         return tuple(waiter for waiter, _ in self.waiters)
@@ -373,11 +377,15 @@ def _cleared(state: State, event: Cleared, pursuit: Pursuit, now: float) -> Step
 
 
 def _ended(state: State, event: Ended, now: float) -> Step:
-    """1. What happened is remembered, whoever began the load. 2. Loaded: everybody is served.
-    3. Failed: a new plan, or the next node, unless nobody waits any more."""
+    """1. Out of memory for the first time: once more, since the need is known to be greater now. 2. What happened is
+    remembered, whoever began the load. 3. Loaded: everybody is served. 4. Failed: a new plan, or the next node, unless
+    nobody waits any more."""
     model, failure = event.model, event.failure
-    state = _remember(state, event, now)
     pursuit = state.wanted.get(model)
+    is_starved = failure is not None and failure.kind is Kind.OUT_OF_MEMORY
+    if is_starved and pursuit is not None and pursuit.node == event.node and pursuit.waiters and not pursuit.starved:
+        return _place(state, model, replace(pursuit, starved=True), now)
+    state = _remember(state, event, now)
     if pursuit is None or pursuit.phase is not Phase.LOADING or pursuit.node != event.node:
         return state, []
     if failure is None:

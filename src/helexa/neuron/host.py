@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
                 harness, opened = open_harness(order.harness), order.harness
             engine = harness.serve(order.spec, lambda fraction: events.send(Progress(fraction)))
         except Exception as err:
-            events.send(Failed(_reason(err)))
+            events.send(Failed(_reason(err), isinstance(err, MemoryError)))
             return 1
         events.send(Loaded())
     if engine is not None:

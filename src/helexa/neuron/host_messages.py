@@ -32,9 +32,10 @@ class Loaded(msgspec.Struct, tag_field="event", tag="loaded"):
 
 
 class Failed(msgspec.Struct, tag_field="event", tag="failed"):
-    """The process ends after it."""
+    """The process ends after it. out_of_memory: the device or the host had no more."""
 
     error: str
+    out_of_memory: bool = False
 
 
 Event = Ready | Progress | Loaded | Failed

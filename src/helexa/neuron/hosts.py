@@ -88,7 +88,7 @@ class ThreadHost:
         except asyncio.CancelledError:
             raise
         except Exception as err:
-            raise HostFailed(str(err) or type(err).__name__) from err
+            raise HostFailed(str(err) or type(err).__name__, out_of_memory=isinstance(err, MemoryError)) from err
         after = vitals.memory(os.getpid())
         if before is not None and after is not None:
             self._memory = vitals.Memory(max(0, after.own - before.own), max(0, after.mapped - before.mapped))

@@ -21,6 +21,7 @@ def info_of(resident: Resident, stored: StoredModel | None, harness: str | None)
         id=resident.id,
         status=str(resident.status),
         error=resident.error,
+        error_code=resident.error_code,
         progress=resident.progress,
         load_seconds=resident.load_seconds,
         last_used=_as_utc(resident.last_used),

@@ -35,7 +35,12 @@ OnProgress = Callable[[float | None], None]
 
 
 class HostFailed(Exception):
-    """The host could not be started, could not load, or ended. str() is the reason."""
+    """The host could not be started, could not load, or ended. str() is the reason. out_of_memory: for want of it, as
+    far as can be told: the kernel ends a process with the same signal as a person."""
+
+    def __init__(self, reason: str, *, out_of_memory: bool = False) -> None:
+        super().__init__(reason)
+        self.out_of_memory = out_of_memory
 
 
 class ProcessHost(asyncio.SubprocessProtocol):
@@ -54,6 +59,7 @@ class ProcessHost(asyncio.SubprocessProtocol):
         self._pipes_open = 2
         self._told: float | None = None  # the engine's own progress
         self._failure: str | None = None  # the engine's own reason
+        self._out_of_memory = False
         self._closing = False
         self._rests = {1: b"", 2: b""}
         self._alive_at = time.monotonic()
@@ -184,16 +190,18 @@ class ProcessHost(asyncio.SubprocessProtocol):
                 self._told = fraction
             case Loaded():
                 _settle(self._loaded)
-            case Failed(error):
-                self._failure = error
+            case Failed(error, out_of_memory):
+                self._failure, self._out_of_memory = error, out_of_memory
 
     def _end(self) -> None:
         if self._gone.is_set():
             return
         reason = self._failure or self._how_it_ended()
+        killed = self._failure is None and self._transport.get_returncode() == -Signals.SIGKILL and not self._closing
+        failed = HostFailed(reason, out_of_memory=self._out_of_memory or killed)
         for waiting in (self._ready, self._loaded):
             if not waiting.done():
-                waiting.set_exception(HostFailed(reason))
+                waiting.set_exception(failed)
                 waiting.exception()  # nobody may be waiting: not an error then
         self._gone.set()
         if not self._closing and not self.died.done():

@@ -42,6 +42,7 @@ STABLE_S: Final = 60.0  # a host that lived so long starts a new row
 CLOSING_TURNS: Final = 100  # of the loop; an aborted connection needs one or two
 WORTH_TELLING: Final = 0.02  # of a model's memory
 PREFLIGHT_S: Final = 2.0  # what the Hub gets to refuse before a download counts as begun
+OUT_OF_MEMORY: Final = "out_of_memory"  # why a load failed, where more memory may mend it
 ETA_FROM: Final = 0.1  # of a load: before that its pace says nothing
 
 Status = ModelStatus
@@ -99,6 +100,7 @@ class Resident:
         self.placed: Placed | None = None  # what is loaded, with the memory it holds
         self.serving: Serving | None = None
         self.error: str | None = None
+        self.error_code: str | None = None
         self.progress: Progress | None = None
         self.load_seconds: float | None = None
         self._house = house
@@ -224,12 +226,12 @@ class Resident:
 
     # the states
 
-    def become(self, status: ModelStatus, *, error: str | None = None) -> None:
+    def become(self, status: ModelStatus, *, error: str | None = None, error_code: str | None = None) -> None:
         assert status in NEXT[self.status], f"{self.id}: {self.status} -> {status}"
         why = {} if error is None else {"error": error}
         _log.info(f"model {status}", model=self.id, before=str(self.status), **why)
         self.status = status
-        self.error = error
+        self.error, self.error_code = error, error_code
         self.progress = None
         self._work_since = time.monotonic()
         open_to_requests = status is Status.LOADED and not self._closed
@@ -324,7 +326,8 @@ class Resident:
         except BaseException as err:
             await _surely(host.close(0))
             if isinstance(err, HostFailed):
-                raise LoadFailed(f"{self.id} could not be loaded: {err}") from err
+                cause = {"cause": OUT_OF_MEMORY} if err.out_of_memory else {}
+                raise LoadFailed(f"{self.id} could not be loaded: {err}", details=cause) from err
             raise
         upstream = Upstream(
             self.id, f"unix:{host.socket}", headers={"authorization": f"Bearer {key}"}, max_idle=plan.slots
@@ -455,7 +458,7 @@ class Resident:
         Counts.add(self._house.counts.load_failures, self.id)
         self._house.hosts.prepare_spare()
         if self.status in BUSY:
-            self.become(Status.FAILED, error=err.message)
+            self.become(Status.FAILED, error=err.message, error_code=err.details.get("cause"))
         elif self.status is Status.UNLOADING:  # an unload came while it failed by itself
             self.become(Status.UNLOADED)
         else:

@@ -13,7 +13,7 @@ from tests.helpers.loaders import QWEN, Gateway, gateway
 
 from helexa.core.catalogue import ModelProfile
 from helexa.core.config import Eviction, Loading
-from helexa.core.errors import Conflict, Overloaded
+from helexa.core.errors import Conflict, LoadFailed, Overloaded
 
 
 def holding(*models: str, mb: int = 4000, memory_mb: int = 10_000) -> FakeNeuron:
@@ -181,5 +181,36 @@ def test_an_operators_load_on_a_node_takes_the_place_of_what_is_idle_there() -> 
             gate.requests("qwen")
             with pytest.raises(Conflict, match="needs 9000 MB"):
                 await gate.loader.load("x", "a")
+
+    run(main())
+
+
+def test_a_load_that_ran_out_of_memory_evicts_one_more_and_is_tried_once_again() -> None:
+    async def main() -> None:
+        a = holding("x", "y", mb=4000, memory_mb=10_000)
+        a.needs_mb["qwen"], a.really_needs_mb["qwen"] = 5000, 9000
+        async with gateway(a=a) as gate:
+            used(gate, "x", times=1, ago_s=9)
+            await gate.loader.ensure("qwen", 1)
+            assert sorted(order.id for order in a.unloads) == ["x", "y"]
+            assert len(a.loads) == 2
+            await gate.loader.unload("qwen")
+            a.put("z", "loaded", vram_used_mb=4000)
+            await until(gate.fleet, lambda: gate.told("z", "a") == "loaded")
+            await gate.loader.ensure("qwen", 2)
+            assert [order.id for order in a.unloads][3:] == ["z"], "the lesson is kept"
+            assert len(a.loads) == 3
+
+    run(main())
+
+
+def test_a_load_that_always_runs_out_of_memory_is_told_after_two_tries() -> None:
+    async def main() -> None:
+        a = FakeNeuron(memory_mb=10_000)
+        a.needs_mb["qwen"], a.really_needs_mb["qwen"] = 5000, 20_000
+        async with gateway(a=a) as gate:
+            with pytest.raises(LoadFailed, match="a: no more memory"):
+                await gate.loader.ensure("qwen", 1)
+            assert len(a.loads) == 2
 
     run(main())

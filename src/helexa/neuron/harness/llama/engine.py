@@ -21,6 +21,8 @@ from typing import IO, Any, Final
 from helexa.neuron.harness.llama.profile import usable_cores
 
 READ_BYTES: Final = 8 << 20
+# How ggml says on its back ends that there is no more: it has no error codes.
+NO_MEMORY: Final = ("out of memory", "failed to allocate", "unable to allocate")
 READ_SHARE: Final = 0.8  # of a load's progress: the file's bytes; the rest is the engine's own
 LOG_WAIT_S: Final = 1.0
 LOG_BYTES: Final = 1 << 20
@@ -73,7 +75,7 @@ class Engine:
 def serve(spec: dict[str, Any], progress: Callable[[float], None]) -> Engine:
     """Load, and answer on spec["socket"]. Blocks, the interpreter too: the engine holds it while it loads.
 
-    Raises RuntimeError with the engine's own reason.
+    Raises RuntimeError with the engine's own reason, MemoryError where that is a want of memory.
     """
     warm()
     import xllamacpp
@@ -90,7 +92,8 @@ def serve(spec: dict[str, Any], progress: Callable[[float], None]) -> Engine:
         except Exception as err:
             reason = log.reason() or str(err)
             socket.unlink(missing_ok=True)
-            raise RuntimeError(f"llama.cpp could not load {spec['model_id']}: {reason}") from err
+            kind = MemoryError if any(words in reason.lower() for words in NO_MEMORY) else RuntimeError
+            raise kind(f"llama.cpp could not load {spec['model_id']}: {reason}") from err
     progress(1.0)
     return Engine(server, socket)
 
