@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import platform
 import shutil
@@ -10,6 +11,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +21,13 @@ from typing import TextIO
 import psutil
 
 CACHE = Path(os.environ.get("HELEXA_BENCH_DIR", Path.home() / ".cache" / "helexa-bench"))
+
+
+def scratch() -> Path:
+    """A folder for this run's configurations and logs, gone with the program; what went wrong is told before that."""
+    folder = Path(tempfile.mkdtemp(prefix="helexa-bench-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def free_port() -> int:

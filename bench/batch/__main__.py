@@ -14,13 +14,11 @@ import json
 import socket
 import statistics
 import sys
-import tempfile
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any, Final
 
-from bench.measure import cpu_ns, machine, spread, table
+from bench.measure import cpu_ns, machine, scratch, spread, table
 from bench.models import smollm2
 from bench.nodes import Program, neuron, versions
 
@@ -77,7 +75,7 @@ def main() -> None:
     args.add_argument("--threads", type=int, default=2)
     given = args.parse_args()
 
-    folder = Path(tempfile.mkdtemp(prefix="helexa-bench-"))
+    folder = scratch()
     speed: dict[int, list[float]] = defaultdict(list)
     cancels: dict[tuple[int, bool], list[float]] = defaultdict(list)
     tokens = 0

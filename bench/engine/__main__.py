@@ -24,16 +24,14 @@ import argparse
 import os
 import statistics
 import sys
-import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import uvloop
 
 from bench.engine.client import Answer, Side, ask_at_once
-from bench.measure import Others, cores_in, machine, pin, spread, table
+from bench.measure import Others, cores_in, machine, pin, scratch, spread, table
 from bench.models import smollm2
 from bench.nodes import cortex, neuron, versions
 
@@ -173,7 +171,7 @@ def main() -> None:
     if given.quick:
         given.pairs, given.tokens, given.probes = 3, 24, 5
 
-    folder = Path(tempfile.mkdtemp(prefix="helexa-bench-"))
+    folder = scratch()
     pin(os.getpid(), given.other_cores)
     slots, threads = max(given.streams), len(cores_in(given.engine_cores))
     profile = {"context": CONTEXT, "slots": slots, "batch": BATCH, "threads": threads}

@@ -13,7 +13,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from bench.measure import Tree, free_port, machine, memory_mb, running, spread, table
+from bench.measure import Tree, free_port, machine, memory_mb, running, scratch, spread, table
 from bench.models import smollm2
 from bench.nodes import OURS, Program, cortex, neuron, versions
 
@@ -107,7 +106,7 @@ def main() -> None:
     args.add_argument("--cores", default="0,1")
     given = args.parse_args()
 
-    folder = Path(tempfile.mkdtemp(prefix="helexa-bench-"))
+    folder = scratch()
     seen: dict[str, list[float]] = defaultdict(list)
     with silent_node() as silent:
         for _ in range(given.rounds):

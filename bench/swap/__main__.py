@@ -16,7 +16,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from typing import Any, Final
 import uvloop
 
 from bench.engine.client import Side, ask_at_once
-from bench.measure import machine, memory_mb, spread, table
+from bench.measure import machine, memory_mb, scratch, spread, table
 from bench.models import gemma, smollm2
 from bench.nodes import OURS, Program, neuron, versions
 
@@ -167,7 +166,7 @@ def main() -> None:
     args.add_argument("--threads", type=int, default=2)
     given = args.parse_args()
 
-    folder = Path(tempfile.mkdtemp(prefix="helexa-bench-"))
+    folder = scratch()
     files = {"smollm2": smollm2(), "gemma": gemma()}
     swaps: dict[tuple[str, bool], list[Swap]] = defaultdict(list)
     alone: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
