@@ -31,6 +31,7 @@ from helexa.cortex.swapper import (
     Phase,
     Place,
     Placed,
+    Ready,
     Refuse,
     Room,
     Serve,
@@ -95,7 +96,8 @@ class Policy(RuleBasedStateMachine):
                 self.loads.add((model, node))
                 self.held[model, node] = Held(ModelStatus.LOADING)
             case Serve(model, waiters):
-                [held] = [h for (m, _), h in self.held.items() if m == model and h.status is ModelStatus.LOADED]
+                # more than one, where it was loaded anew while a drain of the first ran, and the drain ran out
+                held, *_ = [h for (m, _), h in self.held.items() if m == model and h.status is ModelStatus.LOADED]
                 for waiter in waiters:
                     del self.waiting[waiter]
                     held.in_use += 1
@@ -194,6 +196,7 @@ class Policy(RuleBasedStateMachine):
         held = self.held[command.victim, command.node]
         if busy or held.in_use:
             held.status = ModelStatus.LOADED
+            self.feed(Ready(command.victim))
             self.feed(Cleared(model, command.node, Failure(command.node, Kind.BUSY, "in use")))
         else:
             del self.held[command.victim, command.node]
