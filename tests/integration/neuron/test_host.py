@@ -85,7 +85,7 @@ def test_a_load_that_fails_is_told_with_its_reason(host: Running, spec: dict[str
     host.event()
     host.order(op="load", harness=HARNESS, spec=spec)
     host.event()
-    assert host.event() == {"event": "failed", "error": "no such luck"}
+    assert host.event() == {"event": "failed", "error": "no such luck", "out_of_memory": False}
     assert host.process.wait(10) == 1
 
 
