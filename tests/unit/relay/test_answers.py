@@ -268,6 +268,28 @@ def test_a_slow_reader_pauses_its_own_upstream_and_only_that() -> None:
     assert not line.up.reading_paused
 
 
+def test_a_connection_whose_last_read_filled_its_client_is_kept_for_the_next_request_with_open_ears() -> None:
+    line = Line(b'{"model":"qwen"}')
+    line.client.pause_writing()
+    line.hear(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+    assert not line.up.reading_paused
+    line.client.data_received(request(b'{"model":"qwen"}'))
+    assert line.up.reading_paused, "the next answer waits for the same slow reader"
+    line.client.resume_writing()
+    assert not line.up.reading_paused
+
+
+def test_an_answer_that_is_cut_half_way_is_never_mixed_with_an_error_event() -> None:
+    line = Line(b'{"model":"qwen"}')
+    line.hear(b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n{")
+    assert line.client.pair is not None
+    line.client.pair.fail(Overloaded("a drain ran out"))
+    assert line.wire.sent.endswith(b"\r\n\r\n{")
+    assert line.wire.aborted
+    assert line.up.aborted
+    assert line.director.open_routes == 0
+
+
 def test_a_client_that_leaves_ends_its_upstream_at_once() -> None:
     for heard in (b"", HEAD, HEAD + b"%x\r\n%b\r\n" % (len(delta("a")), delta("a"))):
         line = Line()

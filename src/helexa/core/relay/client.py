@@ -65,6 +65,7 @@ class ClientConnection(asyncio.Protocol):
         "keep",
         "pair",
         "parser",
+        "paused",
         "peer",
         "server",
         "sockname",
@@ -84,6 +85,7 @@ class ClientConnection(asyncio.Protocol):
         self.pair: Pair | None = None
         self.cycle: Cycle | None = None
         self.keep = self.http11 = True
+        self.paused = False  # it reads slower than we write
         self._closing = False
         self._t_head = 0.0
         self._next()
@@ -167,12 +169,14 @@ class ClientConnection(asyncio.Protocol):
         self.write = _nowhere
 
     def pause_writing(self) -> None:
+        self.paused = True
         if self.pair is not None:
             self.pair.client_paused()
         if self.cycle is not None:
             self.cycle.paused(True)
 
     def resume_writing(self) -> None:
+        self.paused = False
         if self.pair is not None:
             self.pair.client_resumed()
         if self.cycle is not None:

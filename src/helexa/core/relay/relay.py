@@ -103,7 +103,7 @@ class Pair:
         self._again = False  # the silent retry on the same upstream is spent
         self._chunked = client.http11
         self._wrote = False
-        self._paused_since = 0.0
+        self._paused_since = monotonic() if client.paused else 0.0
         self._reads_seen = -1
         self._t_read = 0.0
         self._fresh()
@@ -191,6 +191,8 @@ class Pair:
         connection.owner = self
         self.phase = Phase.ASKED
         self._t_read = 0.0
+        if self._paused_since:
+            connection.transport.pause_reading()
         connection.transport.write(
             b"".join(
                 (
@@ -252,6 +254,8 @@ class Pair:
         connection, self.connection = self.connection, None
         if connection is not None:
             self.exchange.reads += connection.reads
+            if self._paused_since and not connection.closed:
+                connection.transport.resume_reading()  # kept for the next request, it must hear its answer
             if connection.passing:
                 connection.passing = False
                 last = b"".join(connection.parts[-8:])
@@ -496,10 +500,6 @@ class Pair:
             self._again = False
             self.attempt()
             return
-        if self.phase is Phase.WHOLE and self.head_sent:
-            self.client.abort()  # no event fits, and no length can be taken back
-            self._over(keep=False)
-            return
         self.fail(error)
 
     def fail(self, error: HelexaError) -> None:
@@ -511,6 +511,10 @@ class Pair:
         if not self.head_sent:
             exchange.status = self.client.respond_error(error, exchange.endpoint.dialect, exchange.request_id)
             self._over(keep=True)
+            return
+        if self.phase is Phase.WHOLE:
+            self.client.abort()  # no event fits, and no length can be taken back
+            self._over(keep=False)
             return
         payload = render_event(error, exchange.endpoint.dialect, exchange.request_id)
         self.write(wire.chunk(payload) if self._chunked else payload)
