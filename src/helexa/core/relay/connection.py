@@ -123,6 +123,7 @@ class Connection(asyncio.Protocol):
             else:
                 self.owner.read(data)
             return
+        # Passing begins with an owner and a write, and ends before either goes: not asked again for every chunk.
         parts = self.parts
         mark = len(parts)
         try:
