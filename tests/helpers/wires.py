@@ -11,7 +11,7 @@ from typing import Any
 from helexa.core.errors import Dialect, HelexaError
 from helexa.core.relay.client import ClientConnection
 from helexa.core.relay.connection import Connection
-from helexa.core.relay.contract import Endpoint, Exchange, Route
+from helexa.core.relay.contract import Endpoint, Exchange, Reply, Route
 from helexa.core.relay.server import Server
 from helexa.core.relay.upstream import Upstream
 
@@ -65,11 +65,11 @@ class Recorder:
         self.failures: list[tuple[HelexaError, bool]] = []
         self.open_routes = 0
         self.finished: list[Exchange] = []
-        self.on_route: Callable[[Exchange], Route | Awaitable[Route]] | None = None
+        self.on_route: Callable[[Exchange], Route | Reply | Awaitable[Route | Reply]] | None = None
         self.on_refused: Callable[[int, bytes], HelexaError | None] = lambda status, body: None
         self.stalled = True
 
-    def route(self, exchange: Exchange) -> Route | Awaitable[Route]:
+    def route(self, exchange: Exchange) -> Route | Reply | Awaitable[Route | Reply]:
         self.exchanges.append(exchange)
         if self.on_route is not None:
             return self.on_route(exchange)

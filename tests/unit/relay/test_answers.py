@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.helpers.wires import CHAT, Recorder, Wire, client_of, dechunk, request, split, waiting_upstream
 
-from helexa.core.errors import Overloaded, UpstreamError
-from helexa.core.relay.contract import Usage
+from helexa.core.errors import Dialect, Overloaded, UpstreamError
+from helexa.core.relay.contract import Endpoint, Reply, Usage
 from helexa.core.relay.server import Server
 
 ASK = b'{"model":"qwen","stream":true}'
@@ -395,6 +395,38 @@ def test_a_mend_that_finds_an_error_fails_the_attempt(body: bytes) -> None:
     assert line.wire.sent.startswith(b"HTTP/1.1 503 ")
     assert line.up.aborted
     assert line.director.open_routes == 0
+
+
+@pytest.mark.parametrize("version", [b"HTTP/1.1", b"HTTP/1.0"])
+@pytest.mark.parametrize("body", [ASK, b'{"model":"qwen"}'])
+def test_an_answer_that_no_upstream_has_to_give_is_whole_and_nobody_is_asked(body: bytes, version: bytes) -> None:
+    upstream, _, up = waiting_upstream()
+    director = Recorder(upstream)
+    director.on_route = lambda exchange: Reply(b'{"done":true}')
+    client, wire = client_of(Server(director=director, endpoints=[CHAT]))
+    client.data_received(request(body).replace(b"HTTP/1.1", version, 1))
+    head, _, said = wire.sent.rpartition(b"\r\n\r\n")
+    assert said == b'{"done":true}'
+    assert head.count(b"HTTP/1.1 200") == 1
+    assert b"content-length: 13" in head
+    assert up.sent == b""
+    assert [exchange.status for exchange in director.finished] == [200]
+
+
+def test_an_upstream_is_asked_at_the_path_that_the_route_names() -> None:
+    line = Line(path="/v1/completions")
+    assert line.up.sent.startswith(b"POST /v1/completions HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "streams"), [(b'{"model":"m"}', True), (b'{"model":"m","stream":false}', False), (ASK, True)]
+)
+def test_an_endpoint_may_stream_to_those_who_do_not_say_what_they_want(body: bytes, streams: bool) -> None:
+    upstream, _, _ = waiting_upstream()
+    director = Recorder(upstream)
+    client, _ = client_of(Server(director=director, endpoints=[Endpoint("/x", Dialect.OLLAMA, "/y", streams=True)]))
+    client.data_received(request(body, path=b"/x"))
+    assert [exchange.stream for exchange in director.exchanges] == [streams]
 
 
 def test_the_wire_helper_itself_refuses_a_broken_frame() -> None:

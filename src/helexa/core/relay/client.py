@@ -265,7 +265,7 @@ class ClientConnection(asyncio.Protocol):
             error = error or explain(err)
         else:
             model = peek.model or ""
-            stream = peek.stream is True
+            stream = peek.stream is True or (endpoint.streams and peek.stream is None)
             wants_usage = peek.stream_options is not None and peek.stream_options.include_usage is True
         extra = self._client_line + request_id.encode() + b"\r\n"
         lower = self._lower

@@ -26,6 +26,7 @@ class Endpoint:
     dialect: Dialect
     upstream_path: str  # what the node is asked
     generates: bool = True  # answers with tokens: may stream, has usage and a first token
+    streams: bool = False  # a request that does not say whether it wants a stream wants one
 
 
 class Peek(msgspec.Struct):
@@ -104,6 +105,7 @@ class Route(msgspec.Struct, eq=False):
     """Where one attempt goes and what changes on the way."""
 
     upstream: Upstream
+    path: str | None = None  # what the upstream is asked, where it is not the endpoint's own `upstream_path`
     body: bytes | None = None  # None: as it came
     headers: bytes = b""  # further header lines for the upstream, each ending in CRLF
     mend: Mend | None = None
@@ -118,10 +120,17 @@ class Route(msgspec.Struct, eq=False):
     translates: bool = False
 
 
+class Reply(msgspec.Struct, eq=False):
+    """The whole answer, where there is nothing to ask an upstream. No `released` follows it."""
+
+    body: bytes
+    content_type: bytes = b"application/json"
+
+
 class Director(Protocol):
     """All calls come from the relay's loop. None may block."""
 
-    def route(self, exchange: Exchange) -> Route | Awaitable[Route]:
+    def route(self, exchange: Exchange) -> Route | Reply | Awaitable[Route | Reply]:
         """Choose for the next attempt; HOT, so the common case answers at once and without a task.
 
         An awaitable means "wait" (a load, a queue): the relay sends heartbeats meanwhile and cancels it when the

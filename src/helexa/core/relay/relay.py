@@ -29,7 +29,7 @@ from helexa.core import logs, sse
 from helexa.core.errors import Dialect, HelexaError, Transient, UpstreamError, UpstreamTimeout, render_event
 from helexa.core.relay import scan, wire
 from helexa.core.relay.connection import EVENT_END, Connection, UpstreamClosed
-from helexa.core.relay.contract import Exchange, Route
+from helexa.core.relay.contract import Exchange, Reply, Route
 from helexa.core.relay.events import DONE, Events
 
 if TYPE_CHECKING:
@@ -132,10 +132,12 @@ class Pair:
             return
         if isinstance(chosen, Route):
             self._use(chosen)
+        elif isinstance(chosen, Reply):
+            self._reply(chosen)
         else:
             self._task = asyncio.get_running_loop().create_task(self._wait(chosen))
 
-    async def _wait(self, chosen: Awaitable[Route]) -> None:
+    async def _wait(self, chosen: Awaitable[Route | Reply]) -> None:
         try:
             route = await chosen
         except HelexaError as error:
@@ -147,7 +149,22 @@ class Pair:
             self.fail(HelexaError(f"The gateway failed while it waited for {self.exchange.model}: {err!r}"))
         else:
             self._task = None
-            self._use(route)
+            if isinstance(route, Reply):
+                self._reply(route)
+            else:
+                self._use(route)
+
+    def _reply(self, reply: Reply) -> None:
+        if self.phase is Phase.OVER:
+            return
+        if self.head_sent:  # heartbeats went out: their head said how the body is framed
+            self._emit(reply.body)
+            self._finish(raw_end=False)
+            return
+        length = b"content-length: %d\r\n" % len(reply.body)
+        head = wire.STATUS_LINES[200] + b"content-type: " + reply.content_type + b"\r\n" + length
+        self._send_head(head, reply.body)
+        self._finish(raw_end=True)
 
     def _use(self, route: Route) -> None:
         self.route = route
@@ -196,7 +213,7 @@ class Pair:
         connection.transport.write(
             b"".join(
                 (
-                    route.upstream.head_for(exchange.endpoint.upstream_path),
+                    route.upstream.head_for(route.path or exchange.endpoint.upstream_path),
                     b"%d\r\n" % len(body),
                     route.headers,
                     self._extra,
