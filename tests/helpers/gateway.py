@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from tests.helpers.neuron_daemon import ROOT, Daemon
+from tests.helpers.neuron_daemon import OURS, Daemon
 
 from helexa.core.relay.upstream import Answer, Upstream
 
@@ -87,7 +87,7 @@ def write_settings(folder: Path, nodes: Mapping[str, str], toml: str = SETTINGS,
 def environment() -> dict[str, str]:
     """Ours, without what would change the programs' settings."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("NEURON_", "CORTEX_", "HF_"))}
-    return clean | {"PYTHONPATH": str(ROOT)}
+    return clean | {"PYTHONPATH": OURS}
 
 
 @asynccontextmanager

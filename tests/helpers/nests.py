@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from tests.helpers.neuron_daemon import OURS
 from tests.helpers.scripted import Script, ScriptedHarness, write_model
 
 from helexa.core.config import NeuronSettings
@@ -24,7 +25,6 @@ from helexa.neuron.models import Models, Seat
 from helexa.neuron.store import Store
 
 CHAT = Endpoint("/v1/chat/completions", Dialect.OPENAI, "/v1/chat/completions")
-ROOT = Path(__file__).parents[2]
 
 
 class Nest:
@@ -126,7 +126,7 @@ async def nest(
     **settings: Any,
 ) -> AsyncIterator[Nest]:
     """Started, and stopped at the end: then no process and no socket may be left."""
-    os.environ["PYTHONPATH"] = str(ROOT)  # the hosts import the harness from here
+    os.environ["PYTHONPATH"] = OURS  # the hosts import the harness from here
     device = Device(index=0, name="test", kind=kind, vram_total_mb=total_mb)
 
     def health() -> list[DeviceHealth]:

@@ -19,6 +19,8 @@ from typing import Any, Final
 from tests.helpers.http import Http
 
 ROOT: Final = Path(__file__).parents[2]
+# PYTHONPATH of every process that a test starts: what is tested is this tree, wherever helexa is installed from.
+OURS: Final = f"{ROOT}:{ROOT / 'src'}"
 START_S: Final = 30.0
 STOP_S: Final = 30.0
 
@@ -102,7 +104,7 @@ def neuron(
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("NEURON_", "CORTEX_", "HF_"))}
     # a socket's path may have 107 bytes, and pytest's folders have long names
     with tempfile.TemporaryDirectory(prefix="helexa-test-") as runtime:
-        clean |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf"), "XDG_RUNTIME_DIR": runtime} | (env or {})
+        clean |= {"PYTHONPATH": OURS, "HF_HOME": str(folder / "hf"), "XDG_RUNTIME_DIR": runtime} | (env or {})
         daemon = Daemon(["-m", module, "serve", "--config", str(config), "--port", "0", *args], clean)
         daemon.runtime = Path(runtime)
         try:

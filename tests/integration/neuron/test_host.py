@@ -14,12 +14,12 @@ from typing import Any
 
 import psutil
 import pytest
-from tests.helpers.nests import ROOT
+from tests.helpers.neuron_daemon import OURS
 from tests.helpers.scripted import Script, write_model
 
 HARNESS = "tests.helpers.scripted:ScriptedHarness"
 COMMAND = (sys.executable, "-P", "-m", "helexa.neuron.host", "--harness")
-ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENV = {**os.environ, "PYTHONPATH": OURS}
 
 # A daemon in small: starts a host, gives it the order in its arguments, and waits to be killed.
 DAEMON = """
