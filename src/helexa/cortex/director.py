@@ -6,7 +6,7 @@ Decisions are the router's and the swapper's; this module asks them, keeps what 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
@@ -36,7 +36,9 @@ from helexa.cortex.fleet import Fleet, Node, Replica
 from helexa.cortex.loader import Loader
 from helexa.cortex.metrics import OTHER, Metrics, Series
 from helexa.cortex.router import choose
+from helexa.cortex.routing import Routed, Routing
 from helexa.cortex.translations import TRANSLATIONS, Translated
+from helexa.cortex.work import Ticket
 
 log = logs.get("cortex.director")
 
@@ -61,6 +63,7 @@ class NodeRoute(Route, kw_only=True, eq=False):
 
     replica: Replica
     series: Series
+    ticket: Ticket | None = None  # where there was a choice
 
 
 @dataclass(slots=True)
@@ -69,6 +72,7 @@ class Pursuit:
 
     model: Target
     translated: Translated | None = None  # the request, where nodes do not speak its dialect
+    routed: Routed | None = None  # where the model has several replicas
     series: Series | None = None  # of the latest attempt, as is
     node: Node | None = None
     broken: list[str] = field(default_factory=list)  # nodes that failed it, as against those that asked to wait
@@ -114,6 +118,7 @@ class CortexDirector:
         self._clock = clock
         self._options = options or Options()
         self._rng = rng or Random()
+        self._routing = Routing(self._rng, clock, metrics.routed)
         self._targets: dict[str, Target] = {}  # by the name that clients use
         self._waiting: Counter[str] = Counter()
         self._ids = count()
@@ -138,7 +143,7 @@ class CortexDirector:
             translate = TRANSLATIONS.get(exchange.endpoint.path)
             if translate is not None:
                 pursuit.translated = translate(exchange, target.context, self._options)
-        replica = choose(pursuit.model.replicas, exchange.tried, self._rng)
+        replica = self._choose(exchange, pursuit, pursuit.model.replicas, exchange.tried)
         if replica is not None:
             return self._send(exchange, pursuit, replica)
         last = pursuit.last_error
@@ -195,6 +200,10 @@ class CortexDirector:
         assert isinstance(route, NodeRoute)
         route.replica.end(self._clock())
         route.series.inflight -= 1
+        if exchange.timings is not None:
+            route.replica.work.timed(exchange.timings)
+        if route.ticket is not None:
+            exchange.state.routed.ended(exchange, route.ticket)
 
     def done(self, exchange: Exchange) -> None:
         pursuit: Pursuit | None = exchange.state
@@ -221,6 +230,18 @@ class CortexDirector:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
+    def _choose(
+        self, exchange: Exchange, pursuit: Pursuit, replicas: list[Replica], tried: Collection[str]
+    ) -> Replica | None:
+        """HOT. A prompt is looked at only where there is a choice."""
+        if len(replicas) < 2 or not exchange.endpoint.generates:
+            return choose(replicas, tried, self._rng)
+        if pursuit.routed is None:
+            translated = pursuit.translated
+            body = exchange.body if translated is None else translated.body("")
+            pursuit.routed = self._routing.read(exchange, pursuit.model.id, body)
+        return pursuit.routed.choose(replicas, tried)
+
     def _send(self, exchange: Exchange, pursuit: Pursuit, replica: Replica) -> NodeRoute:
         translated = pursuit.translated
         ask = exchange.stream and not exchange.wants_usage and exchange.endpoint.generates and translated is None
@@ -236,6 +257,8 @@ class CortexDirector:
             replica=replica,
             series=series,
         )
+        if pursuit.routed is not None:
+            route.ticket = pursuit.routed.sent(exchange, replica)
         if translated is not None:
             route.body = translated.body(replica.info.id)
             route.mend = translated.answer(exchange)
@@ -254,7 +277,7 @@ class CortexDirector:
             for _ in range(_ENSURE_ATTEMPTS):
                 await self._loader.ensure(model_id, next(self._ids), exchange.t_start + self._wait_s)
                 # A node that said "loading" may be asked again; one that failed this request may not.
-                replica = choose(self._fleet.replicas(model_id), pursuit.broken, self._rng)
+                replica = self._choose(exchange, pursuit, self._fleet.replicas(model_id), pursuit.broken)
                 if replica is not None:
                     return self._send(exchange, pursuit, replica)
                 if pursuit.broken and pursuit.last_error is not None:
@@ -300,7 +323,9 @@ class CortexDirector:
         except HelexaError:
             return OTHER
 
-    def _view_changed(self, _model_id: str | None) -> None:
+    def _view_changed(self, model_id: str | None) -> None:
+        if model_id is not None:
+            self._routing.view_changed(model_id, self._fleet)
         # Names are few and a Target costs microseconds: forgetting all is simpler than knowing which names lead here.
         self._targets.clear()
 

@@ -26,6 +26,7 @@ from helexa.core.lifecycle import ModelInfo, ModelStatus
 from helexa.core.relay.upstream import Upstream
 from helexa.cortex.listing import Holding, entry, node_view, status_rank
 from helexa.cortex.names import Names, closest
+from helexa.cortex.work import Work
 
 log = logs.get("cortex.fleet")
 
@@ -42,22 +43,30 @@ class Replica:
 
     model_id is the gateway's; the node's own name for it, which a request must bear, is `info.id`.
 
+    work:      what the router knows of its prompts and its speed
     requests:  how many it was given, ever
     others:    requests there that are not ours, when the node last told: another gateway's, or a person's
     loaded_at: monotonic, where we saw it become loaded; 0.0: it was before
     """
 
-    __slots__ = ("inflight", "info", "last_used", "loaded_at", "model_id", "node", "others", "requests")
+    __slots__ = ("inflight", "info", "last_used", "loaded_at", "model_id", "node", "others", "requests", "work")
 
     def __init__(self, node: Node, model_id: str, info: ModelInfo) -> None:
         self.node = node
         self.model_id = model_id
-        self.info = info
         self.inflight = 0
         self.requests = 0
         self.others = 0
         self.loaded_at = 0.0
         self.last_used = 0.0  # monotonic; 0.0: not yet by us
+        self.work = Work()
+        self.told(info)
+
+    def told(self, info: ModelInfo) -> None:
+        """What the node says of it now."""
+        self.info = info
+        if info.limits is not None:
+            self.work.of_size(info.limits.slots, info.limits.context)
 
     def begin(self, now: float) -> None:
         """HOT. A request goes there."""
@@ -385,7 +394,7 @@ class Fleet:
             if replica is not None:
                 if info.status == ModelStatus.LOADED and replica.info.status in _COMING:
                     replica.loaded_at = time.monotonic()
-                replica.info = info
+                replica.told(info)
             elif info.status == ModelStatus.LOADED:
                 node.replicas[model_id] = replica = Replica(node, model_id, info)
                 replica.others = (info.active_requests or 0) + (info.queued_requests or 0)

@@ -75,6 +75,7 @@ class Metrics:
         self._cold_starts: dict[str, int] = {}
         self._load_seconds: dict[tuple[str, str], Histogram] = {}
         self._upstream_errors: dict[tuple[str, str], int] = {}
+        self._choices: dict[tuple[str, str], int] = {}
 
     def series(self, model: str, node: str) -> Series:
         key = (model, node)
@@ -117,6 +118,11 @@ class Metrics:
     def upstream_error(self, node: str, kind: str) -> None:
         key = (node, kind)
         self._upstream_errors[key] = self._upstream_errors.get(key, 0) + 1
+
+    def routed(self, model: str, by: str) -> None:
+        """HOT. A request had several replicas to go to. by: router.By."""
+        key = (model, by)
+        self._choices[key] = self._choices.get(key, 0) + 1
 
     def render(self, node_up: Mapping[str, bool]) -> bytes:
         """The exposition text. Cold: some milliseconds with many models."""
@@ -182,6 +188,17 @@ class Metrics:
         for (model, node), histogram in self._load_seconds.items():
             load.add_metric([model, node], histogram.cumulative(), histogram.total)
         yield load
+
+        choices = CounterMetricFamily(
+            "cortex_routing_choices",
+            "Prompts that had several replicas to go to, by why the chosen one: prefix (it holds most of the prompt), "
+            "session (it had the session last), moved (another holds more, and has too much to do), new (none knows "
+            "it).",
+            labels=["model", "by"],
+        )
+        for (model, by), count in self._choices.items():
+            choices.add_metric([model, by], count)
+        yield choices
 
         errors = CounterMetricFamily(
             "cortex_upstream_errors",

@@ -50,6 +50,7 @@ def test_every_metric_of_the_contract_is_exported_under_its_name() -> None:
         ("cortex_inflight_requests", "gauge"),
         ("cortex_cold_starts_total", "counter"),
         ("cortex_model_load_seconds", "histogram"),
+        ("cortex_routing_choices_total", "counter"),
         ("cortex_upstream_errors_total", "counter"),
         ("cortex_node_up", "gauge"),
     }
