@@ -1,59 +1,10 @@
-"""What a node said went wrong, as an error that an Anthropic client can be told. Pure.
-
-Nodes speak OpenAI's envelope; the class carries the status and type of each dialect.
-"""
+"""The chat body's fields as Anthropic's clients know them, for errors that a node names them in. Pure."""
 
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from typing import Final
 
-import msgspec
-
-from helexa.core.bodies import try_decode
-from helexa.core.errors import (
-    BadRequest,
-    ContextLengthExceeded,
-    HelexaError,
-    LoadFailed,
-    ModelLoading,
-    ModelNotFound,
-    ModelNotServable,
-    ModelUnloading,
-    NeverLoads,
-    NoNode,
-    Overloaded,
-    RateLimited,
-    RequestTooLarge,
-    ShuttingDown,
-    UnsupportedModality,
-    UpstreamError,
-    UpstreamTimeout,
-    WrongTask,
-)
-
-_CLASSES: Final[dict[str, type[HelexaError]]] = {
-    cls.code: cls
-    for cls in (
-        BadRequest,
-        UnsupportedModality,
-        WrongTask,
-        ModelNotFound,
-        ModelNotServable,
-        RequestTooLarge,
-        RateLimited,
-        Overloaded,
-        ModelLoading,
-        ModelUnloading,
-        NoNode,
-        LoadFailed,
-        ShuttingDown,
-        UpstreamError,
-        UpstreamTimeout,
-    )
-}
-_ENVELOPE: Final = frozenset({"message", "type", "param", "code"})
-# The chat body's names for fields that the client knows by another one.
 _NAMES: Final = {
     "stop": "stop_sequences",
     "response_format": "output_config.format",
@@ -63,65 +14,7 @@ _NAMES: Final = {
 _PARAMETERS: Final = re.compile(r"tools\[(\d+)\]\.function\.(?:parameters|(name|description))")
 
 
-class _Envelope(msgspec.Struct):
-    error: dict[str, Any] | None = None
-
-
-_envelope = msgspec.json.Decoder(_Envelope)
-
-
-def from_answer(status: int, body: bytes) -> HelexaError:
-    """An answer of `status` >= 400 with this body."""
-    envelope = try_decode(_envelope, body)
-    if envelope is not None and envelope.error is not None:
-        return from_object(envelope.error, status)
-    text = body[:500].decode("utf-8", "replace")
-    return _by_status(status, f"the node answered {status}: {text}" if text else f"the node answered {status}")
-
-
-def from_object(error: dict[str, Any], status: int = 502) -> HelexaError:
-    """The `error` object of an envelope, or of an event in a stream (which has no status)."""
-    message, code, param = str(error.get("message") or "the node failed"), error.get("code"), error.get("param")
-    details = {key: value for key, value in error.items() if key not in _ENVELOPE}
-    if code == ContextLengthExceeded.code:
-        return _too_long(message, details)
-    cls = _CLASSES.get(code) if isinstance(code, str) else None
-    if cls is None:
-        made = _by_status(status, message)
-        made.details.update(details)
-        return made
-    name = _name(param) if isinstance(param, str) else None
-    if name is not None and name != param:
-        message = message.replace(f"`{param}`", f"`{name}`")
-    return cls(message, param=name, details=details)
-
-
-def _by_status(status: int, message: str) -> HelexaError:
-    """Where the code says nothing: another program's answer, or a code of an error that has its own with it."""
-    if status == 422:
-        return NeverLoads(message)
-    if status == 404:
-        return ModelNotFound(message)
-    if status == 429:
-        return RateLimited(message)
-    if status == 503:
-        return Overloaded(message)
-    if status == 504:
-        return UpstreamTimeout(message)
-    return BadRequest(message) if 400 <= status < 500 else UpstreamError(message)
-
-
-def _too_long(message: str, details: dict[str, Any]) -> HelexaError:
-    """In Anthropic's phrase where the figures are known: clients read it to know that they have to compact."""
-    prompt, context = details.get("n_prompt_tokens"), details.get("n_ctx")
-    if isinstance(prompt, int) and isinstance(context, int):
-        return ContextLengthExceeded("the model", prompt, context)
-    error = BadRequest(message, param="messages", details=details)
-    error.code = ContextLengthExceeded.code  # type: ignore[misc]
-    return error
-
-
-def _name(param: str) -> str:
+def naming(param: str) -> str:
     found = _PARAMETERS.match(param)
     if found is not None:
         return f"tools.{found[1]}.{found[2] or 'input_schema'}"

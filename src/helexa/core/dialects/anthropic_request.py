@@ -18,54 +18,28 @@ import msgspec
 from helexa.core.bodies import NOT_JSON, explain
 from helexa.core.dialects import anthropic_wire as wire
 from helexa.core.dialects.anthropic_messages import MessagesBuilder, bad
+from helexa.core.dialects.neuron_request import MAX_TOKENS, ChatBody, Options
 from helexa.core.errors import BadRequest
 
 MAX_STOP_SEQUENCES: Final = 16  # the neuron's bound
-MAX_TOKENS: Final = 2**31 - 1  # what engines count in
 
 _EFFORTS: Final = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 _THINKING: Final = frozenset({"enabled", "adaptive", "between_tools", "disabled"})
 _CHOICES: Final = {"auto": "auto", "any": "required", "none": "none"}
 _CLEAR_THINKING: Final = "clear_thinking_20251015"
 _INDEX: Final = re.compile(r"\[(\d+)\]")
-_UNPRINTABLE: Final = re.compile(r"[^A-Za-z0-9_.-]")
 _decode = msgspec.json.Decoder(wire.Request).decode
 _encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """keep_changing_blocks: leave in the prompt what changes with every request (Claude Code's billing header).
-    refuse_hosted_tools:  400 for tools that only Anthropic's servers can run, in place of leaving them out."""
-
-    keep_changing_blocks: bool = False
-    refuse_hosted_tools: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Translation:
-    """fields:        the chat body without its `model`, from the first comma on
-    dropped:       what the answer was made without, by name, for `x-helexa-dropped`
-    max_tokens:    as asked; None where the request is only counted
+class Translation(ChatBody):
+    """max_tokens:    as asked; None where the request is only counted
     show_thinking: False: the client wants thinking blocks without their text
     """
 
-    fields: bytes
-    dropped: tuple[str, ...]
     max_tokens: int | None
     show_thinking: bool
-
-    def body(self, model: str) -> bytes:
-        """The chat body for a node that calls the model so."""
-        return b'{"model":' + _encode(model) + self.fields
-
-    @property
-    def dropped_header(self) -> bytes:
-        """The header line for the client, CRLF included; empty where nothing was dropped."""
-        if not self.dropped:
-            return b""
-        names = [_UNPRINTABLE.sub("_", name)[:64] for name in self.dropped]
-        return b"x-helexa-dropped: " + ", ".join(names).encode()[:2048] + b"\r\n"
 
 
 def translate(

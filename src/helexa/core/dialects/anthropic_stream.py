@@ -14,16 +14,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
-from helexa.core import sse
-from helexa.core.bodies import NOT_JSON
 from helexa.core.dialects import neuron_chat as chat
-from helexa.core.dialects.anthropic_errors import from_object
+from helexa.core.dialects.anthropic_errors import naming
 from helexa.core.dialects.anthropic_messages import SIGNATURE
+from helexa.core.dialects.neuron_stream import ChatStream, Witness
 from helexa.core.errors import UpstreamError
-
-_DATA: Final = b"data: "
 
 
 class State(Enum):
@@ -41,7 +38,6 @@ _STOP_REASONS: Final = {
     "function_call": "tool_use",
     "content_filter": "refusal",
 }
-_PIECE: Final = 32 << 10  # the reader moves what is left behind each event: a whole answer at once would be quadratic
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +86,7 @@ class Sink(Protocol):
         """What there is to send by now."""
 
 
-class Witness(Protocol):
-    """Who has to know what the neuron said, apart from the client."""
-
-    def first_token(self) -> None:
-        """Something was generated; called once at least, and for later blocks again."""
-
-    def ended(self, usage: chat.Usage | None, finish_reason: str | None, timings: dict[str, Any] | None) -> None: ...
-
-
-class Answer:
+class Answer(ChatStream):
     """A Mend: body bytes of the neuron's stream in, body bytes for the client out.
 
     max_tokens: as the client asked. Raises HelexaError where the stream holds an error, or is none.
@@ -107,20 +94,13 @@ class Answer:
 
     __slots__ = (
         "_call",
-        "_ending",
-        "_finish_reason",
         "_index",
         "_max_tokens",
-        "_reader",
         "_show_thinking",
         "_signature",
         "_sink",
         "_state",
-        "_stop_sequence",
-        "_timings",
-        "_usage",
         "_used_tools",
-        "_witness",
     )
 
     def __init__(
@@ -132,90 +112,34 @@ class Answer:
         show_thinking: bool = True,
         witness: Witness | None = None,
     ) -> None:
+        super().__init__(witness, naming)
         self._sink = sink
-        self._witness = witness
-        self._reader = sse.EventReader()
         self._state = State.BEFORE
         self._index = -1
         self._call = -1  # the neuron's index of the open call
-        self._ending = False
-        self._stop_sequence: str | None = None
         self._used_tools = False
         self._max_tokens = max_tokens
         self._show_thinking = show_thinking
         self._signature = SIGNATURE + message_id
-        self._usage: chat.Usage | None = None
-        self._finish_reason: str | None = None
-        self._timings: dict[str, Any] | None = None
 
-    def feed(self, data: bytes) -> bytes:
-        """HOT, once per read: one decode and one template per event. Bench: bench/dialects."""
-        if not self._reader.pending and data.endswith(b"\n\n") and b"\r" not in data and len(data) < _PIECE:
-            for block in data[:-2].split(b"\n\n"):  # whole events, as engines write them
-                self._block(block)
-        else:
-            for at in range(0, len(data), _PIECE):
-                for block in self._reader.blocks(data[at : at + _PIECE]):
-                    self._block(block)
+    def take(self) -> bytes:
         return self._sink.take()
 
-    def finish(self) -> bytes:
-        if self._reader.pending.strip():
-            self._block(self._reader.pending)
-        if self._state is not State.ENDED:
-            if not self._ending:
-                raise UpstreamError("the node ended its stream before the answer was whole")
-            self._end()
-        return self._sink.take()
-
-    def _block(self, block: bytes) -> None:
-        if block.startswith(_DATA) and b"\n" not in block:
-            data = block[6:]
+    def on_choice(self, choice: chat.Choice, delta: chat.Delta) -> None:
+        if delta.content and self._state is State.TEXT and not delta.reasoning_content:
+            self._sink.text(delta.content)  # nearly every chunk
         else:
-            event = sse.parse(block)
-            if event.comment or not event.data:
-                if self._state is not State.BEFORE:
-                    self._sink.ping()  # a heartbeat stays one
-                return
-            data = event.data
-        if data == chat.DONE:
-            if self._ending and self._state is not State.ENDED:
-                self._end()
-            return
-        try:
-            chunk = chat.decode(data)
-        except NOT_JSON as err:
-            raise UpstreamError(f"the node sent an event that is no chunk of a chat: {err}") from None
-        choices = chunk.choices
-        if choices:
-            delta = choices[0].delta
-            if delta is not None:
-                if delta.content and self._state is State.TEXT and not delta.reasoning_content:
-                    self._sink.text(delta.content)  # nearly every chunk
-                else:
-                    self._delta(delta)
-            if choices[0].finish_reason is not None:
-                self._finished(choices[0])
-        if chunk.usage is None and chunk.prompt_progress is None and chunk.error is None and chunk.timings is None:
-            return
-        self._beside(chunk)
+            self._delta(delta)
 
-    def _beside(self, chunk: chat.Chunk) -> None:
-        """What a chunk tells beside its deltas."""
-        if chunk.error is not None:
-            raise from_object(chunk.error)
-        progress = chunk.prompt_progress
-        if progress is not None:
-            if self._state is State.BEFORE:
-                self._start(Counts(progress.total - progress.cache, progress.cache))
-            else:
-                self._sink.ping()
-        if chunk.timings is not None:
-            self._timings = chunk.timings
-        if chunk.usage is not None:
-            self._usage = chunk.usage
-            if self._ending and self._state is not State.ENDED:
-                self._end()
+    def on_comment(self) -> None:
+        if self._state is not State.BEFORE:
+            self._sink.ping()  # a heartbeat stays one
+
+    def on_progress(self, progress: chat.PromptProgress) -> None:
+        if self._state is State.BEFORE:
+            self._start(Counts(progress.total - progress.cache, progress.cache))
+        else:
+            self._sink.ping()
 
     def _delta(self, delta: chat.Delta) -> None:
         if delta.reasoning_content:
@@ -258,14 +182,14 @@ class Answer:
             self._sink.open_thinking(self._index)
 
     def _open(self, state: State) -> None:
-        if self._ending or self._state is State.ENDED:
+        if self.ending or self._state is State.ENDED:
             raise UpstreamError("the node went on after the end of its answer")
         if self._state is State.BEFORE:
             self._start(Counts())  # an engine that told no progress: the true figures come with the end
         self._state = state
         self._index += 1
-        if self._witness is not None:
-            self._witness.first_token()
+        if self.witness is not None:
+            self.witness.first_token()
 
     def _close(self) -> None:
         if self._state is State.THINKING:
@@ -278,23 +202,15 @@ class Answer:
         self._state = State.BETWEEN
         self._sink.start(counts)
 
-    def _finished(self, choice: chat.Choice) -> None:
-        """The last delta was there; usage may follow."""
-        self._finish_reason = choice.finish_reason
-        self._stop_sequence = choice.stop_reason
-        self._ending = True
-
-    def _end(self) -> None:
+    def on_end(self) -> None:
         if self._state is State.BEFORE:
             self._start(self._counts())
         self._close()
-        self._sink.end(Ending(self._stop_reason(), self._stop_sequence, self._counts()))
+        self._sink.end(Ending(self._stop_reason(), self.stop_sequence, self._counts()))
         self._state = State.ENDED
-        if self._witness is not None:
-            self._witness.ended(self._usage, self._finish_reason, self._timings)
 
     def _counts(self) -> Counts:
-        usage = self._usage
+        usage = self.usage
         if usage is None:
             return Counts()
         cached = usage.cached_tokens
@@ -303,13 +219,13 @@ class Answer:
     def _stop_reason(self) -> str:
         """1. Cut off: by the client's own limit, or by the context. 2. Calls were made, whatever else is said. 3. A
         stop sequence. 4. What the neuron says."""
-        if self._finish_reason == "length":
-            used = self._usage.completion_tokens if self._usage is not None else 0
-            if self._max_tokens is not None and self._usage is not None and used < self._max_tokens:
+        if self.finish_reason == "length":
+            used = self.usage.completion_tokens if self.usage is not None else 0
+            if self._max_tokens is not None and self.usage is not None and used < self._max_tokens:
                 return "model_context_window_exceeded"
             return "max_tokens"
         if self._used_tools:
             return "tool_use"
-        if self._stop_sequence is not None:
+        if self.stop_sequence is not None:
             return "stop_sequence"
-        return _STOP_REASONS.get(self._finish_reason or "", "end_turn")
+        return _STOP_REASONS.get(self.finish_reason or "", "end_turn")

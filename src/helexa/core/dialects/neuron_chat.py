@@ -32,11 +32,28 @@ class Delta(msgspec.Struct):
     refusal: str | None = None
 
 
+class TopLogprob(msgspec.Struct):
+    token: str = ""
+    logprob: float = 0
+    bytes: list[int] | None = None
+
+
+class Logprob(TopLogprob):
+    """Of one token, with those that it was chosen from."""
+
+    top_logprobs: list[TopLogprob] = []
+
+
+class Logprobs(msgspec.Struct):
+    content: list[Logprob] | None = None
+
+
 class Choice(msgspec.Struct):
     delta: Delta | None = None
     finish_reason: str | None = None
     stop_reason: str | None = None  # the stop string that matched
     index: int = 0
+    logprobs: Logprobs | None = None
 
 
 class PromptDetails(msgspec.Struct):
@@ -57,6 +74,11 @@ class Usage(msgspec.Struct):
     def cached_tokens(self) -> int:
         details = self.prompt_tokens_details
         return (details.cached_tokens or 0) if details is not None else 0
+
+    @property
+    def reasoning_tokens(self) -> int:
+        details = self.completion_tokens_details
+        return (details.reasoning_tokens or 0) if details is not None else 0
 
 
 class PromptProgress(msgspec.Struct):

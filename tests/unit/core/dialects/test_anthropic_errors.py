@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 
-from helexa.core.dialects.anthropic_errors import from_answer
+from helexa.core.dialects.anthropic_errors import naming
+from helexa.core.dialects.node_errors import from_answer as from_node
 from helexa.core.errors import Dialect, HelexaError, render, status_for
+
+
+def from_answer(status: int, body: bytes) -> HelexaError:
+    return from_node(status, body, naming)
 
 
 def told(status: int, body: bytes) -> tuple[int, str, str]:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from helexa.core.dialects import anthropic_wire as wire
-from helexa.core.dialects.anthropic_request import Options, Translation, translate
+from helexa.core.dialects.anthropic_request import Translation, translate
+from helexa.core.dialects.neuron_request import Options
 from helexa.core.errors import BadRequest, Dialect, render
 
 PNG = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
