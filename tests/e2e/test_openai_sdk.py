@@ -302,12 +302,6 @@ def test_a_picture_for_a_model_without_eyes_is_refused(client: OpenAI) -> None:
     assert caught.value.code == "unsupported_modality"
 
 
-def test_a_dialect_of_later_says_so(client: OpenAI) -> None:
-    with pytest.raises(openai.APIStatusError) as caught:
-        client.responses.create(model="small", input="Hi")
-    assert caught.value.status_code == 501
-
-
 # lists, ids, figures
 
 

@@ -83,6 +83,13 @@ class Dialects(Section, frozen=True):
     keep_changing_blocks: bool = False  # in the prompt: system blocks of clients that change with every request
 
 
+class Responses(Section, frozen=True):
+    """What is kept of /v1/responses for `previous_response_id` and GET."""
+
+    store_mb: Annotated[int, Meta(ge=0, le=1_048_576)] = 64  # what was not used for the longest time goes first
+    store_age_s: Seconds = 3600  # since it was used last
+
+
 class Eviction(Section, frozen=True):
     strategy: Literal["lru", "priority", "adaptive"] = "adaptive"
     defrag_after_cycles: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 50
@@ -102,6 +109,7 @@ class CortexSettings(Section, frozen=True):
     poll: Poll = Poll()
     loading: Loading = Loading()
     dialects: Dialects = Dialects()
+    responses: Responses = Responses()
     neurons: list[NeuronEntry] = []
     drain_s: Grace = 30
 

@@ -73,6 +73,12 @@ class ContextLengthExceeded(BadRequest):
         self.anthropic_message = f"prompt is too long: {prompt_tokens} tokens > {context} maximum"
 
 
+class PreviousResponseNotFound(BadRequest):
+    """What `previous_response_id` names is kept no longer; the whole conversation has to be sent."""
+
+    code = "previous_response_not_found"
+
+
 class UnsupportedModality(BadRequest):
     """An image, or another part, for a model that cannot take it."""
 

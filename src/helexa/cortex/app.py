@@ -23,17 +23,20 @@ from helexa.core import logs
 from helexa.core.addresses import is_loopback
 from helexa.core.catalogue import Catalogue
 from helexa.core.config import CortexSettings, split_listen
-from helexa.core.dialects.anthropic_request import Options
+from helexa.core.dialects.neuron_request import Options
 from helexa.core.errors import Dialect, ShuttingDown
 from helexa.core.relay.contract import Endpoint
 from helexa.core.relay.server import Server
 from helexa.core.request_log import RequestLog
+from helexa.cortex import responses_api
 from helexa.cortex.control import ControlPlane, metrics_response
 from helexa.cortex.director import CortexDirector
 from helexa.cortex.fleet import Fleet
 from helexa.cortex.loader import Loader, LoadRecord
 from helexa.cortex.metrics import Metrics
 from helexa.cortex.poller import Poller
+from helexa.cortex.response_store import MemoryStore
+from helexa.cortex.translations import Setup
 
 log = logs.get("cortex")
 
@@ -42,6 +45,7 @@ ENDPOINTS: Final = (
     Endpoint("/v1/completions", Dialect.OPENAI, "/v1/completions"),
     Endpoint("/v1/embeddings", Dialect.OPENAI, "/v1/embeddings", generates=False),
     Endpoint("/v1/rerank", Dialect.OPENAI, "/v1/rerank", generates=False),
+    Endpoint("/v1/responses", Dialect.OPENAI, "/v1/chat/completions"),
     Endpoint("/v1/messages", Dialect.ANTHROPIC, "/v1/chat/completions"),
     Endpoint("/v1/messages/count_tokens", Dialect.ANTHROPIC, "/v1/tokens/count", generates=False),
 )
@@ -72,6 +76,8 @@ class Cortex:
         self.loader.on_load.append(self._loaded)
         self._warnings = warnings_about(settings)
         gateway = settings.gateway
+        kept = settings.responses
+        self.responses = MemoryStore(max_bytes=kept.store_mb << 20, age_s=kept.store_age_s, clock=time.monotonic)
         self.control = ControlPlane(
             self.fleet,
             self.loader,
@@ -81,6 +87,7 @@ class Cortex:
             metrics=self._metrics_text if gateway.metrics_on_api else None,
             warnings=self._warnings,
             relayed=[endpoint.path for endpoint in ENDPOINTS],
+            more_routes=responses_api.routes(self.responses),
         )
         director = CortexDirector(
             self.fleet,
@@ -89,9 +96,12 @@ class Cortex:
             self.request_log,
             wait_s=settings.loading.wait_s,
             clock=time.monotonic,
-            options=Options(
-                keep_changing_blocks=settings.dialects.keep_changing_blocks,
-                refuse_hosted_tools=settings.dialects.hosted_tools == "refuse",
+            setup=Setup(
+                Options(
+                    keep_changing_blocks=settings.dialects.keep_changing_blocks,
+                    refuse_hosted_tools=settings.dialects.hosted_tools == "refuse",
+                ),
+                self.responses,
             ),
         )
         self.server = Server(

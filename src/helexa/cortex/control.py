@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -33,7 +33,6 @@ from helexa.core.errors import (
     ModelNotFound,
     NoNode,
     NotFound,
-    NotImplementedYet,
     PermissionDenied,
     ShuttingDown,
     UnsupportedMedia,
@@ -42,15 +41,11 @@ from helexa.core.errors import (
     status_for,
 )
 from helexa.cortex.fleet import Fleet
-from helexa.cortex.fleet_api import FleetApi
-from helexa.cortex.fleet_api import json_response as _json
 from helexa.cortex.front_page import front_page
 from helexa.cortex.loader import Loader
 
 log = logs.get("cortex.control")
-
-# Dialects of the contract that come later, told in their own envelopes.
-LATER: Final = ("/v1/responses",)
+_encode = msgspec.json.Encoder().encode
 
 
 class Order(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -69,6 +64,7 @@ class ControlPlane:
     """metrics:  the exposition text, for /metrics on this port; None where only the metrics port has it
     warnings: sentences that `cortex status` repeats
     relayed:  paths whose POSTs the relay takes
+    more_routes: of parts that have their own
     shutdown: set when the drain begins
     """
 
@@ -83,6 +79,7 @@ class ControlPlane:
         metrics: Callable[[], bytes] | None,
         warnings: list[str],
         relayed: Sequence[str],
+        more_routes: Sequence[Route] = (),
     ) -> None:
         self.shutdown: ShuttingDown | None = None
         self._fleet = fleet
@@ -100,14 +97,13 @@ class ControlPlane:
             Route("/ready", self._ready),
             Route("/version", self._version),
             Route("/fleet", self._view),
-            *FleetApi(fleet, loader).routes,
             Route("/v1/models", self._v1_models),
             Route("/v1/models/{model_id:path}", self._v1_model),
             Route("/models", self._v1_models),
             Route("/models/load", self._load, methods=["POST"]),
             Route("/models/unload", self._unload, methods=["POST"]),
-            *(Route(path, _later, methods=["POST"]) for path in LATER),
             *(Route(path, _relayed, methods=["POST"]) for path in relayed),
+            *more_routes,
         ]
         if metrics is not None:
             routes.append(Route("/metrics", self._scrape))
@@ -115,7 +111,7 @@ class ControlPlane:
         cors = Middleware(
             CORSMiddleware,
             allow_origins=list(cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id"],
         )
@@ -274,11 +270,6 @@ async def _relayed(request: Request) -> Response:
     raise NotFound(f"Write the path as it is: {request.url.path}")
 
 
-async def _later(request: Request) -> Response:
-    path = request.url.path
-    return answer(request, NotImplementedYet(f"{path} is not there yet; use /v1/chat/completions"))
-
-
 def _client(request: Request) -> str:
     return request.client.host if request.client is not None else "unix"
 
@@ -293,6 +284,10 @@ def _flag(request: Request, name: str) -> bool:
     if value not in ("", "true", "1", "false", "0"):
         raise BadRequest(f"?{name}={value} is neither true nor false", param=name)
     return value in ("", "true", "1")
+
+
+def _json(body: Any, status: int = 200) -> Response:
+    return Response(_encode(body), status, media_type="application/json")
 
 
 def answer(request: Request, error: HelexaError) -> Response:

@@ -14,8 +14,7 @@ from random import Random
 from typing import Final
 
 from helexa.core import logs
-from helexa.core.dialects import anthropic_errors
-from helexa.core.dialects.anthropic_request import Options
+from helexa.core.dialects import node_errors
 from helexa.core.errors import (
     BadRequest,
     HelexaError,
@@ -37,7 +36,7 @@ from helexa.cortex.loader import Loader
 from helexa.cortex.metrics import OTHER, Metrics, Series
 from helexa.cortex.router import choose
 from helexa.cortex.routing import Routed, Routing
-from helexa.cortex.translations import TRANSLATIONS, Translated
+from helexa.cortex.translations import TRANSLATIONS, Setup, Translated
 from helexa.cortex.work import Ticket
 
 log = logs.get("cortex.director")
@@ -48,6 +47,7 @@ _TASKS: Final[dict[str, frozenset[str]]] = {
     "/v1/chat/completions": _GENERATION,
     "/v1/messages": _GENERATION,
     "/v1/messages/count_tokens": _GENERATION,
+    "/v1/responses": _GENERATION,
     "/v1/completions": _GENERATION,
     "/v1/embeddings": frozenset({"embed"}),
     "/v1/rerank": frozenset({"rerank"}),
@@ -108,7 +108,7 @@ class CortexDirector:
         wait_s: float,
         clock: Callable[[], float],
         rng: Random | None = None,
-        options: Options | None = None,
+        setup: Setup | None = None,
     ) -> None:
         self._fleet = fleet
         self._loader = loader
@@ -116,7 +116,7 @@ class CortexDirector:
         self._log_request = request_log.add
         self._wait_s = wait_s
         self._clock = clock
-        self._options = options or Options()
+        self._setup = setup or Setup()
         self._rng = rng or Random()
         self._routing = Routing(self._rng, clock, metrics.routed)
         self._targets: dict[str, Target] = {}  # by the name that clients use
@@ -142,7 +142,7 @@ class CortexDirector:
             exchange.state = pursuit = Pursuit(target)
             translate = TRANSLATIONS.get(exchange.endpoint.path)
             if translate is not None:
-                pursuit.translated = translate(exchange, target.context, self._options)
+                pursuit.translated = translate(exchange, target.context, self._setup)
         replica = self._choose(exchange, pursuit, pursuit.model.replicas, exchange.tried)
         if replica is not None:
             return self._send(exchange, pursuit, replica)
@@ -168,7 +168,7 @@ class CortexDirector:
                 message=message or body[:500].decode("utf-8", "replace"),
             )  # fmt: skip
         if error is None and pursuit.translated is not None:
-            return anthropic_errors.from_answer(status, body)
+            return node_errors.from_answer(status, body, pursuit.translated.naming)
         if error is None:
             pursuit.passed_on = refusals.NodeSaid(code, message or f"{node} answered {status}")
             return None
@@ -215,6 +215,8 @@ class CortexDirector:
                 self._fleet.request_succeeded(pursuit.node)
             if pursuit.passed_on is not None and not exchange.client_gone:
                 exchange.error = pursuit.passed_on
+            if pursuit.translated is not None:
+                pursuit.translated.over(exchange)
         self._metrics.record(exchange, series)
         self._log_request(exchange)
 
@@ -275,8 +277,7 @@ class CortexDirector:
         self._waiting[model_id] += 1
         try:
             for _ in range(_ENSURE_ATTEMPTS):
-                latest = exchange.t_start + self._wait_s
-                await self._loader.ensure(model_id, next(self._ids), latest, request_id=exchange.request_id)
+                await self._loader.ensure(model_id, next(self._ids), exchange.t_start + self._wait_s)
                 # A node that said "loading" may be asked again; one that failed this request may not.
                 replica = self._choose(exchange, pursuit, self._fleet.replicas(model_id), pursuit.broken)
                 if replica is not None:

@@ -6,19 +6,60 @@ whatever number of nodes is tried; each attempt has an answer of its own.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from secrets import token_hex
 from time import monotonic
 from typing import Any, Final, Protocol
 
-from helexa.core.dialects import anthropic_request, neuron_chat
-from helexa.core.dialects.anthropic_request import Options
+from helexa.core.dialects import (
+    anthropic_errors,
+    anthropic_request,
+    neuron_chat,
+    responses_input,
+    responses_items,
+    responses_request,
+    responses_wire,
+)
 from helexa.core.dialects.anthropic_sinks import EventWriter, MessageBuilder
 from helexa.core.dialects.anthropic_stream import Answer, Sink
+from helexa.core.dialects.neuron_request import Options
+from helexa.core.dialects.node_errors import Naming
+from helexa.core.dialects.responses_document import Document
+from helexa.core.dialects.responses_sinks import EventWriter as ResponseEvents
+from helexa.core.dialects.responses_sinks import ResponseBuilder
+from helexa.core.dialects.responses_stream import Answer as ResponseAnswer
+from helexa.core.errors import HelexaError
 from helexa.core.relay.contract import Exchange, Mend, Usage
+from helexa.cortex.response_store import (
+    MemoryStore,
+    Record,
+    ResponseStore,
+    chain,
+    conversation,
+    find_item,
+    not_found,
+    owner_of,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What was configured, and what is kept between requests."""
+
+    options: Options = field(default_factory=Options)
+    responses: ResponseStore = field(
+        default_factory=lambda: MemoryStore(max_bytes=64 << 20, age_s=3600, clock=monotonic)
+    )
 
 
 class Translated(Protocol):
     """One request."""
+
+    @property
+    def naming(self) -> Naming:
+        """Of the chat body's fields, for what a node refuses."""
 
     def body(self, model: str) -> bytes:
         """For a node that calls the model so."""
@@ -26,12 +67,17 @@ class Translated(Protocol):
     def answer(self, exchange: Exchange) -> Mend | None:
         """For one attempt. None: the node's answer is the client's as it is."""
 
+    def over(self, exchange: Exchange) -> None:
+        """The exchange is over, however it ended."""
+
 
 class Messages:
     """POST /v1/messages."""
 
-    def __init__(self, exchange: Exchange, context: int | None, options: Options) -> None:
-        self._asked = anthropic_request.translate(exchange.body, context=context, options=options)
+    naming = staticmethod(anthropic_errors.naming)
+
+    def __init__(self, exchange: Exchange, context: int | None, setup: Setup) -> None:
+        self._asked = anthropic_request.translate(exchange.body, context=context, options=setup.options)
         self.body = self._asked.body
         exchange.headers_back = self._asked.dropped_header
 
@@ -47,17 +93,92 @@ class Messages:
             witness=_Witness(exchange),
         )
 
+    def over(self, exchange: Exchange) -> None:
+        pass
+
 
 class Count:
     """POST /v1/messages/count_tokens: the prompt is rendered as that of the request itself would be."""
 
-    def __init__(self, exchange: Exchange, context: int | None, options: Options) -> None:
-        asked = anthropic_request.translate(exchange.body, counting=True, options=options)
+    naming = staticmethod(anthropic_errors.naming)
+
+    def __init__(self, exchange: Exchange, context: int | None, setup: Setup) -> None:
+        asked = anthropic_request.translate(exchange.body, counting=True, options=setup.options)
         self.body = asked.body
         exchange.headers_back = asked.dropped_header
 
     def answer(self, exchange: Exchange) -> Mend | None:
         return None  # {"input_tokens": n} is what both say
+
+    def over(self, exchange: Exchange) -> None:
+        pass
+
+
+class Responses:
+    """POST /v1/responses."""
+
+    def __init__(self, exchange: Exchange, context: int | None, setup: Setup) -> None:
+        asked = responses_request.read(exchange.body)
+        self._store = setup.responses
+        self._owner = owner_of(exchange.header("authorization") or exchange.header("x-api-key"))
+        self._previous = asked.previous_response_id
+        history: list[responses_wire.Item] = []
+        if self._previous is not None:
+            history = self._resolved(conversation(chain(self._store, self._owner, self._previous)))
+        if isinstance(asked.input, list):
+            asked.input = self._resolved(asked.input)
+        made = responses_request.translate(
+            asked, exchange.body, history=history, context=context, options=setup.options
+        )
+        self._asked = made
+        self.body = made.body
+        self.naming = made.places.name
+        self._document = Document(
+            key=f"hx{token_hex(16)}",
+            model=exchange.model,
+            created_at=int(time.time()),
+            echo=made.echo,
+            clock=time.time,
+            show_summary=made.show_summary,
+            seal=made.seal,
+        )
+        self._sink: ResponseBuilder | None = None  # of the latest attempt
+        exchange.headers_back = made.dropped_header
+        if exchange.stream:
+            exchange.last_words = self._last_words
+
+    def _resolved(self, items: list[responses_wire.Item]) -> list[responses_wire.Item]:
+        return [self._found(item) if responses_input.is_reference(item) else item for item in items]
+
+    def _found(self, reference: responses_wire.Item) -> responses_wire.Item:
+        found = find_item(self._store, self._owner, reference.id or "")
+        if found is None:
+            raise not_found("Item", reference.id or "")
+        return found
+
+    def answer(self, exchange: Exchange) -> Mend | None:
+        self._sink = ResponseEvents(self._document) if exchange.stream else ResponseBuilder(self._document)
+        return ResponseAnswer(self._sink, called=self._asked.called, witness=_Witness(exchange), naming=self.naming)
+
+    def _last_words(self, error: HelexaError) -> bytes:
+        sink = self._sink
+        if not isinstance(sink, ResponseEvents):  # no node was asked
+            self._sink = sink = ResponseEvents(self._document)
+        return sink.fail(error)
+
+    def over(self, exchange: Exchange) -> None:
+        sink = self._sink
+        if not self._asked.store or sink is None or not (exchange.t_first_token or sink.response):
+            return  # nothing was said that anyone could come back to
+        self._store.put(
+            Record(
+                id=self._document.id,
+                owner=self._owner,
+                previous=self._previous,
+                input=responses_items.listed(exchange.body, self._document.key),
+                response=sink.response or sink.broken_off(),
+            )
+        )
 
 
 class _Witness:
@@ -81,8 +202,9 @@ class _Witness:
 
 
 # By the path of the endpoint. Called with the exchange, the tokens that a request to its model may have, where known,
-# and what was configured; raises BadRequest.
-TRANSLATIONS: Final[dict[str, Callable[[Exchange, int | None, Options], Translated]]] = {
+# and what was configured; raises HelexaError.
+TRANSLATIONS: Final[dict[str, Callable[[Exchange, int | None, Setup], Translated]]] = {
     "/v1/messages": Messages,
     "/v1/messages/count_tokens": Count,
+    "/v1/responses": Responses,
 }

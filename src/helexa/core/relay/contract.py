@@ -6,7 +6,7 @@ program's: it gives the relay a Director.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -77,6 +77,8 @@ class Exchange(msgspec.Struct, eq=False):
     finish_reason: str | None = None
     timings: dict[str, Any] | None = None  # the engine's own, where it reports them
     headers_back: bytes = b""  # header lines of the Director's for the client, each ending in CRLF
+    # What a stream that fails ends with, in place of its dialect's own event.
+    last_words: Callable[[HelexaError], bytes] | None = None
     reads: int = 0  # body reads relayed: a lower bound of deltas for a client that left before usage came
 
     def header(self, name: str) -> str | None:

@@ -533,7 +533,10 @@ class Pair:
             self.client.abort()  # no event fits, and no length can be taken back
             self._over(keep=False)
             return
-        payload = render_event(error, exchange.endpoint.dialect, exchange.request_id)
+        if exchange.last_words is not None:
+            payload = exchange.last_words(error)
+        else:
+            payload = render_event(error, exchange.endpoint.dialect, exchange.request_id)
         self.write(wire.chunk(payload) if self._chunked else payload)
         self._end_stream()
 

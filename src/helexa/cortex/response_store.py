@@ -1,0 +1,176 @@
+"""Responses that clients may come back to: kept in memory, bounded in bytes and age, never across owners.
+
+A record holds what its request brought and what was answered; `previous_response_id` links it to the one before it.
+Whoever continues a conversation keeps all of it alive. Owned by one loop; nothing here blocks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Protocol
+
+import msgspec
+
+from helexa.core.dialects import responses_wire as wire
+from helexa.core.errors import NotFound, PreviousResponseNotFound
+
+ANONYMOUS = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """id:        of the response
+    owner:     who may see it
+    previous:  the id of the response that it continues
+    input:     the request's own items, a JSON list
+    response:  the object, JSON
+    """
+
+    id: str
+    owner: str
+    previous: str | None
+    input: bytes
+    response: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.input) + len(self.response) + _OVERHEAD
+
+
+_OVERHEAD = 600  # of a record's own objects, bytes
+
+
+class ResponseStore(Protocol):
+    def put(self, record: Record) -> None: ...
+
+    def get(self, owner: str, response_id: str) -> Record | None:
+        """None for what is not there, or too old. Raises NotFound for what is another owner's."""
+
+    def delete(self, owner: str, response_id: str) -> bool:
+        """False where there was nothing. Raises NotFound as `get` does."""
+
+    def close(self) -> None: ...
+
+
+class MemoryStore:
+    """max_bytes: what was not used for the longest time goes first.   age_s: since a record was used last.
+    clock: seconds, never going back."""
+
+    def __init__(self, *, max_bytes: int, age_s: float, clock: Callable[[], float]) -> None:
+        self._max_bytes = max_bytes
+        self._age_s = age_s
+        self._clock = clock
+        self._records: OrderedDict[str, tuple[Record, float]] = OrderedDict()  # the last used last
+        self._bytes = 0
+
+    def put(self, record: Record) -> None:
+        self._drop(record.id)
+        if record.size > self._max_bytes:
+            return
+        self._records[record.id] = record, self._clock()
+        self._bytes += record.size
+        self._expire()
+        while self._bytes > self._max_bytes:
+            self._drop(next(iter(self._records)))
+
+    def get(self, owner: str, response_id: str) -> Record | None:
+        self._expire()
+        found = self._records.get(response_id)
+        if found is None:
+            return None
+        record, _ = found
+        if record.owner != owner:
+            raise not_found("Response", response_id)
+        self._records[response_id] = record, self._clock()
+        self._records.move_to_end(response_id)
+        return record
+
+    def delete(self, owner: str, response_id: str) -> bool:
+        if self.get(owner, response_id) is None:
+            return False
+        self._drop(response_id)
+        return True
+
+    def close(self) -> None:
+        self._records.clear()
+        self._bytes = 0
+
+    def _expire(self) -> None:
+        oldest = self._clock() - self._age_s
+        while self._records:
+            response_id, (_, used) = next(iter(self._records.items()))
+            if used >= oldest:
+                return
+            self._drop(response_id)
+
+    def _drop(self, response_id: str) -> None:
+        found = self._records.pop(response_id, None)
+        if found is not None:
+            self._bytes -= found[0].size
+
+
+def owner_of(credential: str | None) -> str:
+    """Who asks, by what the request bears as a key, which is not kept itself; all who bear none are one."""
+    if not credential:
+        return ANONYMOUS
+    return sha256(credential.removeprefix("Bearer ").strip().encode("latin-1", "replace")).hexdigest()
+
+
+def not_found(what: str, its_id: str) -> NotFound:
+    return NotFound(f"{what} with id '{its_id}' not found: it was not stored, was deleted, or is too old.")
+
+
+# conversations
+
+
+class _Answered(msgspec.Struct):
+    output: list[wire.Item] = []
+
+
+_answered = msgspec.json.Decoder(_Answered).decode
+_items = msgspec.json.Decoder(list[wire.Item]).decode
+
+
+def chain(store: ResponseStore, owner: str, response_id: str) -> Sequence[Record]:
+    """The response and all that it continues, the first one first. Raises PreviousResponseNotFound for what is lost,
+    NotFound for what is another owner's."""
+    records: list[Record] = []
+    at: str | None = response_id
+    while at is not None:
+        record = store.get(owner, at)
+        if record is None:
+            raise PreviousResponseNotFound(
+                f"Previous response with id '{at}' not found: it was not stored, was deleted, or is too old. Send the "
+                "whole conversation as `input`.",
+                param="previous_response_id",
+            )
+        records.append(record)
+        at = record.previous
+    return records[::-1]
+
+
+def conversation(records: Sequence[Record]) -> list[wire.Item]:
+    """What was said, in order. A call that was cut off was never run, so that the model need not see it."""
+    said: list[wire.Item] = []
+    for record in records:
+        said += _items(record.input)
+        said += [
+            item
+            for item in _answered(record.response).output
+            if item.type != "function_call" or item.status != "incomplete"
+        ]
+    return said
+
+
+def find_item(store: ResponseStore, owner: str, item_id: str) -> wire.Item | None:
+    """An item by its id, which bears its response's: msg_KEYo0, fco_KEYi2."""
+    _, _, rest = item_id.partition("_")
+    key = rest.rstrip("0123456789")[:-1]
+    record = store.get(owner, f"resp_{key}") if key else None
+    if record is None:
+        return None
+    items = [*_items(record.input), *_answered(record.response).output]
+    return next((item for item in items if item.id == item_id), None)
