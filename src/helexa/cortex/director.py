@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
 from random import Random
 from typing import Final
+
+import msgspec
 
 from helexa.core import logs
 from helexa.core.dialects import node_errors
@@ -66,16 +67,15 @@ class NodeRoute(Route, kw_only=True, eq=False):
     ticket: Ticket | None = None  # where there was a choice
 
 
-@dataclass(slots=True)
-class Pursuit:
-    """What one request has been through; `Exchange.state`."""
+class Pursuit(msgspec.Struct, eq=False):
+    """What one request has been through; `Exchange.state`. A Struct for the same reason as Exchange."""
 
     model: Target
     translated: Translated | None = None  # the request, where nodes do not speak its dialect
     routed: Routed | None = None  # where the model has several replicas
     series: Series | None = None  # of the latest attempt, as is
     node: Node | None = None
-    broken: list[str] = field(default_factory=list)  # nodes that failed it, as against those that asked to wait
+    broken: list[str] = []  # nodes that failed it, as against those that asked to wait
     last_error: HelexaError | None = None
     passed_on: HelexaError | None = None  # a node's refusal that the client got as it was
 

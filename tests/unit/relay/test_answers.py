@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tests.helpers.wires import CHAT, Recorder, Wire, client_of, dechunk, request, split, waiting_upstream
 
 from helexa.core.errors import Dialect, Overloaded, UpstreamError
+from helexa.core.relay import connection
 from helexa.core.relay.contract import Endpoint, Reply, Usage
 from helexa.core.relay.server import Server
 
@@ -31,6 +33,7 @@ ROLE = event(id="c1", choices=[{"index": 0, "delta": {"role": "assistant", "cont
 STOP = event(id="c1", choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
 USAGE = event(id="c1", choices=[], usage={"prompt_tokens": 7, "completion_tokens": 3})
 DONE = b"data: [DONE]\n\n"
+FIRST = delta("first")
 
 TEXTS = st.lists(
     st.text(alphabet='ab"\\\n\x00é:{}0', max_size=12) | st.just('"usage":{"x":1}'), min_size=1, max_size=12
@@ -147,6 +150,38 @@ def test_a_read_in_the_middle_of_a_stream_is_passed_in_one_write_as_it_came() ->
     before = len(line.wire.sent)
     line.hear(read)
     assert line.wire.sent[before:] == read
+
+
+@given(
+    texts=TEXTS,
+    at=st.integers(0, 4000),
+    byte=st.integers(0, 255),
+    insert=st.booleans(),
+    cuts=st.lists(st.integers(0, 4000), max_size=6),
+)
+def test_a_whole_chunk_known_by_its_size_line_is_taken_just_as_the_parser_would_take_it(
+    texts: list[str], at: int, byte: int, insert: bool, cuts: list[int]
+) -> None:
+    reads = [b"%x\r\n%b\r\n" % (len(e), e) for e in (*map(delta, texts), STOP)]
+    hurt = at % len(reads)
+    where = at % len(reads[hurt])
+    reads[hurt] = reads[hurt][:where] + bytes([byte]) + reads[hurt][where + (not insert) :]
+    told = []
+    for sizes in (connection._SIZE_LINES, {}):
+        with patch.object(connection, "_SIZE_LINES", sizes):
+            line = Line(cut_usage=True)
+            line.hear(HEAD, b"%x\r\n%b\r\n" % (len(FIRST), FIRST))
+            for piece in [*reads[:hurt], *split(reads[hurt], cuts), *reads[hurt + 1 :], b"0\r\n\r\n"]:
+                if not line.connection.closed and line.connection.owner is not None:
+                    line.hear(piece)
+            told.append(
+                (
+                    line.wire.sent.partition(b"\r\n\r\n")[2],
+                    [str(e) for e, _ in line.director.failures],
+                    line.client.keep,
+                )
+            )
+    assert told[0] == told[1]
 
 
 def test_only_listed_headers_of_the_upstream_reach_the_client() -> None:
