@@ -1,18 +1,18 @@
 """What we add to the engine: decode speed and time to the first token, through cortex and neuron, and without them.
 
-    python -m bench.engine [--pairs 12] [--streams 1,4,8] [--tokens 64] [--probes 20] [--quiet 0.1] [--quick]
+    python -m bench.engine [--pairs 12] [--streams 1,4,8] [--tokens 64] [--probes 40] [--quiet 0.1] [--quick]
 
 One engine process serves all sides: "engine" is its own socket, asked directly; "neuron" goes through the node;
 "cortex" through the gateway and the node. The engine's process is pinned to the cores of --engine-cores, one thread
 each; everything else, the client included, to those of --other-cores. Rounds are interleaved, the order of the sides
 changes with each, and figures are compared within a round only: medians of the ratios and differences of pairs.
 
-A side's turn is two parts. Decode: all streams at once, each with a prompt of its own, temperature 0, a fixed seed,
-the end-of-text token ignored, the prompt cache off (`cache_prompt: false`), so that every side computes the same
-prompt and as many tokens. First token: the same prompts with the cache on, once to fill it and then --probes times,
-where the engine has a single token to compute before it answers; what we add shows best there. With several streams
-it is a matter of chance, on every side, which of the requests come in time for the engine's first step: hence so many
-probes.
+A round is two parts. Decode: all streams at once, each with a prompt of its own, temperature 0, a fixed seed, the
+end-of-text token ignored, the prompt cache off (`cache_prompt: false`), so that every side computes the same prompt
+and as many tokens. First token: the same prompts with the cache on, once to fill it and then --probes times, the sides
+by turns with every probe; the engine has a single token to compute before it answers, and what we add shows best. With
+several streams it is a matter of chance, on every side, which of the requests come in time for the engine's first
+step: hence so many probes.
 
 A round in which other processes took more than --quiet cores is thrown away and taken again: such rounds are chosen by
 what the machine did, never by what came out.
@@ -83,22 +83,38 @@ def bodies(streams: int, tokens: int, *, cached: bool) -> list[dict[str, Any]]:
     ]
 
 
-async def take_turn(side: Side, streams: int, tokens: int, probes: int) -> Turn:
-    answers = await ask_at_once(side, bodies(streams, tokens, cached=False))
-    check(answers, tokens)
-    await ask_at_once(side, bodies(streams, PROBE_TOKENS, cached=True))
-    cached: list[float] = []
-    for _ in range(probes):
-        quick = await ask_at_once(side, bodies(streams, PROBE_TOKENS, cached=True))
-        check(quick, PROBE_TOKENS, prompt_tokens=1)
-        cached.append(statistics.fmean(a.first_s for a in quick) * 1000)
-    cached.sort()
-    quarter = len(cached) // 4
-    return Turn(
-        decode_tok_s=sum(a.decode_tok_s for a in answers),
-        first_ms=statistics.fmean(a.first_s for a in answers) * 1000,
-        first_cached_ms=statistics.fmean(cached[quarter : len(cached) - quarter]),
-    )
+async def take_turns(sides: list[Side], streams: int, tokens: int, probes: int) -> dict[str, Turn]:
+    """One round: each side's decode, then the probes of all sides by turns, one at a time."""
+    decoded: dict[str, list[Answer]] = {}
+    for side in sides:
+        decoded[side.name] = await ask_at_once(side, bodies(streams, tokens, cached=False))
+        check(decoded[side.name], tokens)
+    cached: dict[str, list[float]] = {side.name: [] for side in sides}
+    for side in sides:  # one fills the engine's cache, and each has its connections
+        await ask_at_once(side, bodies(streams, PROBE_TOKENS, cached=True))
+    for n in range(probes):
+        for side in rotated(sides, n):
+            quick = await ask_at_once(side, bodies(streams, PROBE_TOKENS, cached=True))
+            check(quick, PROBE_TOKENS, prompt_tokens=1)
+            cached[side.name].append(statistics.fmean(a.first_s for a in quick) * 1000)
+    return {
+        name: Turn(
+            decode_tok_s=sum(a.decode_tok_s for a in answers),
+            first_ms=statistics.fmean(a.first_s for a in answers) * 1000,
+            first_cached_ms=middle_half(cached[name]),
+        )
+        for name, answers in decoded.items()
+    }
+
+
+def rotated(sides: list[Side], n: int) -> list[Side]:
+    return sides[n % len(sides) :] + sides[: n % len(sides)]
+
+
+def middle_half(values: list[float]) -> float:
+    """The mean of what is left without the least and the greatest quarter."""
+    quarter = len(values) // 4
+    return statistics.fmean(sorted(values)[quarter : len(values) - quarter])
 
 
 def check(answers: list[Answer], tokens: int, prompt_tokens: int | None = None) -> None:
@@ -114,14 +130,12 @@ async def run(sides: list[Side], others: Others, given: argparse.Namespace) -> t
     """The courses, and how many rounds were thrown away."""
     courses = {streams: Course() for streams in given.streams}
     thrown = 0
-    for side in sides:  # connections, page cache, the client's own code
-        await take_turn(side, max(given.streams), 8, 1)
+    await take_turns(sides, max(given.streams), 8, 1)  # connections, page cache, the client's own code
     for n in range(given.pairs):
-        turned = sides[n % len(sides) :] + sides[: n % len(sides)]
         for streams, course in courses.items():
             while True:
                 others.start()
-                turns = {side.name: await take_turn(side, streams, given.tokens, given.probes) for side in turned}
+                turns = await take_turns(rotated(sides, n), streams, given.tokens, given.probes)
                 if (busy := others.cores()) <= given.quiet:
                     break
                 thrown += 1
@@ -162,7 +176,7 @@ def main() -> None:
     args.add_argument("--pairs", type=int, default=12)
     args.add_argument("--streams", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 8])
     args.add_argument("--tokens", type=int, default=64)
-    args.add_argument("--probes", type=int, default=20)
+    args.add_argument("--probes", type=int, default=40)
     args.add_argument("--quiet", type=float, default=0.1, help="cores that others may take in a round that counts")
     args.add_argument("--engine-cores", default="1")
     args.add_argument("--other-cores", default="0")
