@@ -183,6 +183,24 @@ def unload(
 
 
 @app.command()
+def decisions(
+    model: Annotated[
+        str | None, typer.Argument(help="Only what concerns this model.", autocompletion=_complete_model)
+    ] = None,
+    last: Annotated[int, typer.Option("--last", "-n", min=1, help="The most lines.")] = 200,
+    everything: Annotated[
+        bool, typer.Option("--all", "-a", help="Also what else was weighed: each node's price, or its reason.")
+    ] = False,
+    gateway: GatewayOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the gateway decided lately: loads, evictions, refusals, and why."""
+    from helexa.cortex import reports
+
+    _run(reports.decisions(gateway, model, last=last, everything=everything, as_json=as_json))
+
+
+@app.command()
 def check(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Check the files, and whether each node can be reached."""
     from helexa.cortex import check as command

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from starlette.applications import Starlette
@@ -41,11 +41,12 @@ from helexa.core.errors import (
     status_for,
 )
 from helexa.cortex.fleet import Fleet
+from helexa.cortex.fleet_api import FleetApi
+from helexa.cortex.fleet_api import json_response as _json
 from helexa.cortex.front_page import front_page
 from helexa.cortex.loader import Loader
 
 log = logs.get("cortex.control")
-_encode = msgspec.json.Encoder().encode
 
 
 class Order(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -97,6 +98,7 @@ class ControlPlane:
             Route("/ready", self._ready),
             Route("/version", self._version),
             Route("/fleet", self._view),
+            *FleetApi(fleet, loader).routes,
             Route("/v1/models", self._v1_models),
             Route("/v1/models/{model_id:path}", self._v1_model),
             Route("/models", self._v1_models),
@@ -284,10 +286,6 @@ def _flag(request: Request, name: str) -> bool:
     if value not in ("", "true", "1", "false", "0"):
         raise BadRequest(f"?{name}={value} is neither true nor false", param=name)
     return value in ("", "true", "1")
-
-
-def _json(body: Any, status: int = 200) -> Response:
-    return Response(_encode(body), status, media_type="application/json")
 
 
 def answer(request: Request, error: HelexaError) -> Response:

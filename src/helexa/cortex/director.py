@@ -277,7 +277,8 @@ class CortexDirector:
         self._waiting[model_id] += 1
         try:
             for _ in range(_ENSURE_ATTEMPTS):
-                await self._loader.ensure(model_id, next(self._ids), exchange.t_start + self._wait_s)
+                latest = exchange.t_start + self._wait_s
+                await self._loader.ensure(model_id, next(self._ids), latest, request_id=exchange.request_id)
                 # A node that said "loading" may be asked again; one that failed this request may not.
                 replica = self._choose(exchange, pursuit, self._fleet.replicas(model_id), pursuit.broken)
                 if replica is not None:

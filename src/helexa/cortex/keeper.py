@@ -15,6 +15,7 @@ from typing import Any, Final
 from helexa.core import logs
 from helexa.core.errors import HelexaError, ModelNotServable
 from helexa.core.lifecycle import ModelStatus
+from helexa.cortex.decisions import UPKEEP, Decisions, What
 from helexa.cortex.eviction import expired
 from helexa.cortex.fleet import Fleet, Node, Replica
 from helexa.cortex.orders import Orders, status_on
@@ -45,6 +46,7 @@ class Keeper:
         survey: Survey,
         orders: Orders,
         placer: Placer,
+        decisions: Decisions,
         *,
         ensure: Callable[[str, str], Awaitable[None]],
         load_on: Callable[[str, Node], Awaitable[Failure | None]],
@@ -57,6 +59,7 @@ class Keeper:
         self._survey = survey
         self._orders = orders
         self._placer = placer
+        self._decisions = decisions
         self._ensure = ensure
         self._load_on = load_on
         self._is_busy = is_busy
@@ -136,14 +139,16 @@ class Keeper:
     def _give_up(self, node: Node, now: float) -> None:
         [view] = self._survey.views([node.name], now)
         for resident in expired(view.residents, now):
-            self._do("unload", f"{resident.model} {node.name}", self._unload(resident.model, node, "ttl_s"))
+            why = f"nobody has asked for it for {now - resident.last_used:,.0f} s; its ttl_s is {resident.ttl_s:g}"
+            self._do("unload", f"{resident.model} {node.name}", self._unload(resident.model, node, "expire", why))
         for resident in view.residents:
             key = (resident.model, node.name)
             idle = not resident.is_busy and now - resident.last_used >= self._copy_idle_s
             if key in self._copies and resident.copies > 1 and idle and resident.state is ModelStatus.LOADED:
-                self._do("unload", f"{resident.model} {node.name}", self._unload(resident.model, node, "a copy"))
+                why = f"a further replica, idle for {now - resident.last_used:,.0f} s"
+                self._do("unload", f"{resident.model} {node.name}", self._unload(resident.model, node, "give_up", why))
 
-    async def _unload(self, model_id: str, node: Node, why: str) -> None:
+    async def _unload(self, model_id: str, node: Node, what: What, why: str) -> None:
         try:
             await self._orders.unload(model_id, node)
         except HelexaError as err:
@@ -151,6 +156,7 @@ class Keeper:
             self._rest("unload", f"{model_id} {node.name}")
             return
         self._copies.discard((model_id, node.name))
+        self._decisions.note(what, why, UPKEEP, model=model_id, node=node.name)
         log.info("an idle model is given up", model=model_id, node=node.name, why=why)
 
     # copies
@@ -181,7 +187,7 @@ class Keeper:
         try:
             log.info("a copy is made", model=model_id, node=plan.node, victims=list(plan.victims))
             for victim in plan.victims:
-                if await self._placer.clear(model_id, node, victim, drain=False) is not None:
+                if await self._placer.clear(model_id, node, victim, UPKEEP, drain=False) is not None:
                     self._rest("copy", model_id)
                     return
             if await self._load_on(model_id, node) is None:
@@ -212,6 +218,7 @@ class Keeper:
             self._rest("defrag", node.name)
             return
         cycles, self._cycles[node.name] = self._cycles[node.name], 0
+        self._decisions.note("defrag", f"{cycles} loads since the last time", UPKEEP, node=node.name)
         log.info("a node has defragmented", node=node.name, after_loads=cycles, **said)
 
 

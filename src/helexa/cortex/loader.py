@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from helexa.core import logs
 from helexa.core.config import CortexSettings
@@ -27,6 +28,7 @@ from helexa.core.errors import (
 )
 from helexa.core.lifecycle import ModelStatus
 from helexa.cortex import keeper, load_failures, swapper
+from helexa.cortex.decisions import OPERATOR, UPKEEP, By, Decisions, What, Whom
 from helexa.cortex.eviction import POLICIES
 from helexa.cortex.fleet import Fleet, Node
 from helexa.cortex.keeper import Keeper
@@ -66,14 +68,16 @@ class Loader:
         copy_idle_s: float = keeper.COPY_IDLE_S,
     ) -> None:
         self.survey = Survey(fleet)
+        self.decisions = Decisions(time.time)
         self._fleet = fleet
         self._orders = Orders(fleet, self.survey)
-        self._placer = Placer(fleet, self.survey, self._orders, POLICIES[settings.eviction.strategy])
+        self._placer = Placer(fleet, self.survey, self._orders, POLICIES[settings.eviction.strategy], self.decisions)
         self._wait_s = settings.loading.wait_s
         self._state = swapper.State(queue=settings.loading.queue, drain_after_s=drain_after_s)
         self._events: deque[swapper.Event] = deque()
         self._stepping = False
         self._waiters: dict[Waiter, asyncio.Future[None]] = {}
+        self._asked_by: dict[Waiter, tuple[By, str | None]] = {}
         self._loads: dict[tuple[str, str], asyncio.Task[Failure | None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._served: set[Waiter] = set()  # told to go, and not gone yet
@@ -84,8 +88,9 @@ class Loader:
             self.survey,
             self._orders,
             self._placer,
-            ensure=self.ensure,
-            load_on=self._see_through,
+            self.decisions,
+            ensure=partial(self.ensure, by="preload"),
+            load_on=self._copy_to,
             is_busy=self._is_busy,
             defrag_after_cycles=settings.eviction.defrag_after_cycles,
             every_s=keep_every_s,
@@ -105,11 +110,19 @@ class Loader:
 
     # for requests
 
-    async def ensure(self, model_id: str, exchange_id: Waiter, deadline: float | None = None) -> None:
+    async def ensure(
+        self,
+        model_id: str,
+        exchange_id: Waiter,
+        deadline: float | None = None,
+        *,
+        by: By = "request",
+        request_id: str | None = None,
+    ) -> None:
         """Returns when a node can be asked for the model; loads it where none can. A cancel leaves the queue.
 
-        exchange_id: one waiter's; deadline: of the loop's clock, at most `[loading] wait_s` from now. Raises
-        ModelLoading, LoadFailed, Overloaded, NoNode or ModelNotServable.
+        exchange_id: one waiter's; deadline: of the loop's clock, at most `[loading] wait_s` from now; request_id: as
+        its own caller knows it. Raises ModelLoading, LoadFailed, Overloaded, NoNode or ModelNotServable.
         """
         if self._fleet.replicas(model_id):
             return
@@ -120,10 +133,12 @@ class Loader:
         future: asyncio.Future[None] = loop.create_future()
         assert exchange_id not in self._waiters, "one request waits once"
         self._waiters[exchange_id] = future
+        self._asked_by[exchange_id] = (by, request_id)
         try:
             self._feed(swapper.Asked(model_id, exchange_id, latest if deadline is None else min(deadline, latest)))
             await future
         finally:
+            del self._asked_by[exchange_id]
             if exchange_id in self._served:
                 self._served.remove(exchange_id)
                 self.survey.handed[model_id] -= 1
@@ -149,12 +164,12 @@ class Loader:
                 raise load_failures.on_node(model_id, failure)
             return
         if self._fleet.where(model_id) or model_id in self._fleet.profiles:
-            await self.ensure(model_id, f"operator {next(self._operators)}")
+            await self.ensure(model_id, f"operator {next(self._operators)}", by="operator")
             return
         failures: list[Failure] = []
         nodes = [(n, None) for n in self._fleet.nodes.values() if n.state in ("up", "suspect")]
         for target, _ in sorted(nodes, key=preference):
-            failure = await self._see_through(model_id, target)
+            failure = await self._see_through(model_id, target, OPERATOR)
             if failure is None:
                 return
             failures.append(failure)
@@ -169,6 +184,9 @@ class Loader:
             targets = [self._node(node)]
         else:
             targets = [n for n in self._fleet.where(model_id) if status_on(n, model_id) in HELD and n.state != "down"]
+        for target in targets:
+            why = "forced: requests in progress are cut" if force else "as ordered"
+            self.decisions.note("unload", why, OPERATOR, model=model_id, node=target.name)
         outcomes = await asyncio.gather(
             *(self._orders.unload(model_id, n, force=force, drain_s=drain_s) for n in targets), return_exceptions=True
         )
@@ -229,6 +247,7 @@ class Loader:
                         self.survey.handed[model] += 1
                         future.set_result(None)
             case swapper.Refuse():
+                self._note_refusal(command)
                 self._refuse(command.waiters, lambda: self._error(command))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -241,6 +260,20 @@ class Loader:
             future = self._waiters.pop(waiter, None)
             if future is not None and not future.done():
                 future.set_exception(error())  # one for each: a traceback grows with every raise
+
+    def _whom(self, waiters: Iterable[Waiter], by: By = "request") -> Whom:
+        asked = [self._asked_by[w] for w in waiters if w in self._asked_by]
+        return Whom(asked[0][0] if asked else by, tuple(r for _, r in asked if r is not None), len(asked))
+
+    def _whom_of(self, model: str) -> Whom:
+        pursuit = self._state.wanted.get(model)
+        return self._whom(pursuit.names() if pursuit is not None else ())
+
+    def _note_refusal(self, refusal: swapper.Refuse) -> None:
+        what: What = "timed_out" if refusal.why is swapper.Why.TIMED_OUT else "refuse"
+        whom = self._whom(refusal.waiters)
+        why = self._error(refusal).message
+        self.decisions.note(what, why, whom, model=refusal.model, against=refusal.failures)
 
     def _set_timer(self) -> None:
         if self._timer is not None:
@@ -288,7 +321,7 @@ class Loader:
             before.cancel()
         nodes = [node for node, _ in self._fleet.holders(model) if node.name not in command.avoid]
         if any(status_on(node, model) in UNDER_WAY for node in nodes) or not self._placer.unknown(model, nodes):
-            self._feed(self._placer.place(command, self._state.wanted[model].since))
+            self._feed(self._placer.place(command, self._state.wanted[model].since, self._whom_of(model)))
             return
 
         async def ask_first() -> None:
@@ -297,14 +330,15 @@ class Loader:
                 del self._placing[model]
                 pursuit = self._state.wanted.get(model)
                 if pursuit is not None and pursuit.phase is Phase.PLACING:
-                    self._feed(self._placer.place(command, self._state.wanted[model].since))
+                    self._feed(self._placer.place(command, pursuit.since, self._whom_of(model)))
 
         task = self._placing[model] = asyncio.create_task(ask_first())
 
     async def _clear(self, command: swapper.Clear) -> None:
         node = self._fleet.nodes[command.node]
         try:
-            failure = await self._placer.clear(command.model, node, command.victim, drain=command.drain)
+            whom = self._whom_of(command.model)
+            failure = await self._placer.clear(command.model, node, command.victim, whom, drain=command.drain)
         except Exception as err:  # as in _pursue
             log.exception("making room went wrong", model=command.model, node=node.name)
             failure = Failure(node.name, Kind.FAILED, f"{type(err).__name__}: {err}")
@@ -319,15 +353,15 @@ class Loader:
             found = self._placer.on_node(model_id, node)
             if not isinstance(found, Plan) or not found.victims:
                 break  # the node itself says what is wrong, if anything is
-            if await self._placer.clear(model_id, node, found.victims[0], drain=False) is not None:
+            if await self._placer.clear(model_id, node, found.victims[0], OPERATOR, drain=False) is not None:
                 break
-        return await self._see_through(model_id, node)
+        return await self._see_through(model_id, node, OPERATOR)
 
     # loads
 
     async def _pursue(self, model_id: str, node: Node) -> None:
         try:
-            failure = await self._see_through(model_id, node)
+            failure = await self._see_through(model_id, node, self._whom_of(model_id))
         except Exception as err:  # a fault of ours must not leave everybody waiting for a load that nobody follows
             log.exception("following a load went wrong", model=model_id, node=node.name)
             failure = Failure(node.name, Kind.FAILED, f"{type(err).__name__}: {err}")
@@ -335,19 +369,28 @@ class Loader:
             failure = None  # loaded, if not as the catalogue has it: good enough for a request
         self._feed(swapper.Ended(model_id, node.name, failure))
 
-    async def _see_through(self, model_id: str, node: Node) -> Failure | None:
+    async def _copy_to(self, model_id: str, node: Node) -> Failure | None:
+        return await self._see_through(model_id, node, UPKEEP, "copy")
+
+    async def _see_through(
+        self, model_id: str, node: Node, whom: Whom, what: Literal["load", "copy"] = "load"
+    ) -> Failure | None:
         """One load on one node from order to end, shared by all who want it; a cancel leaves it going."""
         key = (model_id, node.name)
         task = self._loads.get(key)
         if task is None:
-            task = self._loads[key] = asyncio.create_task(self._load_on(model_id, node))
+            task = self._loads[key] = asyncio.create_task(self._load_on(model_id, node, whom, what))
             task.add_done_callback(lambda _: self._loads.pop(key, None))
         return await asyncio.shield(task)
 
-    async def _load_on(self, model_id: str, node: Node) -> Failure | None:
+    async def _load_on(self, model_id: str, node: Node, whom: Whom, what: Literal["load", "copy"]) -> Failure | None:
         key = (model_id, node.name)
         began = self._began[key] = time.monotonic()  # the loop's own is of milliseconds
         is_ours = status_on(node, model_id) not in UNDER_WAY
+        if is_ours:
+            evidence = self._placer.evidence_for(model_id, node.name)
+            why = evidence.why if evidence is not None else "as ordered"
+            self.decisions.note(what, why, whom, model=model_id, node=node.name, evidence=evidence)
         try:
             failure = await self._orders.load(model_id, node) if is_ours else None
             promise = self.survey.promises.get(key)
@@ -357,6 +400,7 @@ class Loader:
                 failure = await self._orders.follow(model_id, node)
         finally:
             del self._began[key]
+            self._placer.forget(model_id)
         seconds = time.monotonic() - began
         if failure is None:
             self._keeper.loaded(node.name)
@@ -365,6 +409,7 @@ class Loader:
             log.info("model is loaded", model=model_id, node=node.name, seconds=round(seconds, 2))
         else:
             self.survey.promises.pop(key, None)
+            self.decisions.note("load_failed", failure.reason, whom, model=model_id, node=node.name)
             log.warning("load failed", model=model_id, node=node.name, kind=failure.kind.value, reason=failure.reason)
             if failure.kind in (Kind.NO_ROOM, Kind.OUT_OF_MEMORY):
                 await self._learn_from(failure, model_id, node)

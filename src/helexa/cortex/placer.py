@@ -8,18 +8,22 @@ unloaded there: a file that is not there, or is not whole, must not cost others 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from heapq import nlargest
 from typing import Final
 
 from helexa.core import logs
 from helexa.core.errors import Conflict, HelexaError
 from helexa.core.lifecycle import Estimate, ModelInfo, ModelStatus
 from helexa.cortex import load_failures, placement, swapper
+from helexa.cortex.decisions import NODES_SHOWN, Decisions, Evidence, Whom
 from helexa.cortex.eviction import Policy
+from helexa.cortex.explain import why_here
 from helexa.cortex.fleet import Fleet, Node
 from helexa.cortex.needs import Make
 from helexa.cortex.orders import Orders, status_on
-from helexa.cortex.plans import Bar, NoPlan, Plan, Reason, Wanted
+from helexa.cortex.plans import Bar, NodeView, NoPlan, Plan, Reason, Wanted
 from helexa.cortex.standing import UNDER_WAY
 from helexa.cortex.survey import Survey, make_of
 from helexa.cortex.swapper import Failure, Kind
@@ -33,49 +37,108 @@ IDLE_DRAIN_S: Final = 1.0  # and where we know of none: one may have ended here 
 ESTIMATE_LASTS_S: Final = 60.0
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a placement comes to; nothing is promised by it. One of follows, asks and answer is there.
+
+    follows: a load that is under way there; asks: a node of which nobody knows what the model needs
+    nodes, views, wanted: what was asked; drain: models in use may be victims in `answer`
+    """
+
+    nodes: Sequence[Node]
+    views: Sequence[NodeView]
+    wanted: Wanted
+    follows: Node | None = None
+    asks: Node | None = None
+    answer: Plan | NoPlan | None = None
+    drain: bool = False
+
+
 class Placer:
-    def __init__(self, fleet: Fleet, survey: Survey, orders: Orders, policy: Policy) -> None:
+    def __init__(self, fleet: Fleet, survey: Survey, orders: Orders, policy: Policy, decisions: Decisions) -> None:
         self._fleet = fleet
         self._survey = survey
         self._orders = orders
         self._policy = policy
+        self._decisions = decisions
+        self._evidence: dict[str, tuple[str, Evidence]] = {}  # model -> the node that was chosen last, and why
         self._estimated_at: dict[tuple[str, Make], float] = {}
         self._checked_at: dict[tuple[str, str], float] = {}
 
-    def place(self, command: swapper.Place, since: float) -> swapper.Placed | swapper.NoPlace:
+    def find(self, command: swapper.Place) -> Found:
         """1. Where a load is under way. 2. The plan that costs least. 3. Nodes of which nobody knows what it needs:
         where most room is; the node will tell. 4. With models in use, which then have to finish. 5. Nowhere."""
         model, now = command.model, asyncio.get_running_loop().time()
-        self._survey.take_back(model)
         holders = [(node, info) for node, info in self._fleet.holders(model) if node.name not in command.avoid]
-        under_way = [node for node, _ in holders if status_on(node, model) in UNDER_WAY]
-        if under_way:
-            return swapper.Placed(model, min(under_way, key=lambda n: n.state != "up").name)
         nodes = [node for node, _ in holders]
         wanted = self._survey.wanted(model, nodes)
+        under_way = [node for node in nodes if status_on(node, model) in UNDER_WAY]
+        if under_way:
+            return Found(nodes, (), wanted, follows=min(under_way, key=lambda n: n.state != "up"))
         views = self._survey.views([n.name for n in nodes], now)
-        found = placement.plan(views, wanted, self._policy, now)
+        answer = placement.plan(views, wanted, self._policy, now)
         unknown = [h for h in holders if wanted.need is None and h[0].name not in wanted.need_on]
-        if isinstance(found, NoPlan) and unknown:
-            return swapper.Placed(model, min(unknown, key=preference)[0].name)
-        if isinstance(found, NoPlan) and command.drain:
+        if isinstance(answer, NoPlan) and unknown:
+            return Found(nodes, views, wanted, asks=min(unknown, key=preference)[0])
+        if isinstance(answer, NoPlan) and command.drain:
             drained = placement.plan(views, wanted, self._policy, now, drain=True)
-            found = drained if isinstance(drained, Plan) else found
-        if isinstance(found, NoPlan):
-            return self._no_place(found, wanted, nodes, since, now)
-        self._survey.promise(found)
-        if found.victims:
+            if isinstance(drained, Plan):
+                return Found(nodes, views, wanted, answer=drained, drain=True)
+        return Found(nodes, views, wanted, answer=answer)
+
+    def place(self, command: swapper.Place, since: float, whom: Whom) -> swapper.Placed | swapper.NoPlace:
+        """As `find`, and what it comes to is promised."""
+        model = command.model
+        self._survey.take_back(model)
+        found = self.find(command)
+        if found.follows is not None:
+            return swapper.Placed(model, found.follows.name)
+        if found.asks is not None:
+            name = found.asks.name
+            why = f"what {model} needs is not known; {name} has the most room, and will tell"
+            self._evidence[model] = (name, Evidence(why))
+            return swapper.Placed(model, name)
+        plan = found.answer
+        if not isinstance(plan, Plan):
+            assert plan is not None
+            return self._no_place(plan, found.wanted, found.nodes, since, whom)
+        self._survey.promise(plan)
+        self._evidence[model] = (plan.node, self.evidence(found))
+        if plan.victims:
             log.info(
-                "room is made", model=model, node=found.node, victims=list(found.victims), price=round(found.price, 6),
-                drains=list(found.drains), need_mb=found.need.total_mb, by=found.need.source,
+                "room is made", model=model, node=plan.node, victims=list(plan.victims), price=round(plan.price, 6),
+                drains=list(plan.drains), need_mb=plan.need.total_mb, by=plan.need.source,
             )  # fmt: skip
-        return swapper.Placed(model, found.node, found.victims, found.drains)
+        return swapper.Placed(model, plan.node, plan.victims, plan.drains)
+
+    def evidence(self, found: Found) -> Evidence:
+        """What else could have been done. Of a large fleet, the nodes with the most room are looked at."""
+        plan, wanted, views = found.answer, found.wanted, found.views
+        assert isinstance(plan, Plan)
+        if len(views) > NODES_SHOWN:
+            views = nlargest(NODES_SHOWN - 1, views, key=lambda v: sum(d.room_mb for d in v.devices))
+            if all(v.name != plan.node for v in views):
+                views = [*views, next(v for v in found.views if v.name == plan.node)]
+        now = asyncio.get_running_loop().time()
+        weighed = placement.weigh(views, wanted, self._policy, now, drain=found.drain)
+        return Evidence(why_here(plan, weighed), plan, weighed, len(found.views))
+
+    def evidence_for(self, model_id: str, node: str) -> Evidence | None:
+        """Of the plan that was last made for this model, if it was for this node."""
+        chosen, evidence = self._evidence.get(model_id, (None, None))
+        return evidence if chosen == node else None
+
+    def forget(self, model_id: str) -> None:
+        self._evidence.pop(model_id, None)
 
     def on_node(self, model_id: str, node: Node) -> Plan | Reason:
         """The plan for this node; nothing is promised."""
         now = asyncio.get_running_loop().time()
-        [view] = self._survey.views([node.name], now)
-        return placement.on_node(view, self._survey.wanted(model_id, [node]), self._policy, now)
+        views, wanted = self._survey.views([node.name], now), self._survey.wanted(model_id, [node])
+        plan = placement.on_node(views[0], wanted, self._policy, now)
+        if isinstance(plan, Plan):
+            self._evidence[model_id] = (node.name, self.evidence(Found([node], views, wanted, answer=plan)))
+        return plan
 
     def copy(self, model_id: str, *, displaces: bool) -> Plan | None:
         """Where another copy could go; without `displaces` only into free room. Promised."""
@@ -83,16 +146,19 @@ class Placer:
         nodes = [
             node for node, _ in self._fleet.holders(model_id) if status_on(node, model_id) is not ModelStatus.LOADED
         ]
-        wanted = self._survey.wanted(model_id, nodes)
-        found = placement.plan(self._survey.views([n.name for n in nodes], now), wanted, self._policy, now)
-        if not isinstance(found, Plan) or (found.victims and not displaces):
+        wanted, views = self._survey.wanted(model_id, nodes), self._survey.views([n.name for n in nodes], now)
+        plan = placement.plan(views, wanted, self._policy, now)
+        if not isinstance(plan, Plan) or (plan.victims and not displaces):
             return None
-        self._survey.promise(found)
-        return found
+        self._survey.promise(plan)
+        self._evidence[model_id] = (plan.node, self.evidence(Found(nodes, views, wanted, answer=plan)))
+        return plan
 
-    def _no_place(self, found: NoPlan, wanted: Wanted, nodes: list[Node], since: float, now: float) -> swapper.NoPlace:
+    def _no_place(
+        self, found: NoPlan, wanted: Wanted, nodes: Sequence[Node], since: float, whom: Whom
+    ) -> swapper.NoPlace:
         """Waiting helps where the model would fit once all that may go has gone."""
-        again_at = None
+        again_at, now = None, asyncio.get_running_loop().time()
         names = [n.name for n in nodes]
         later = self._survey.may_fit_later(names, wanted.priority, by_class=self._policy.by_class, now=now)
         might = isinstance(placement.plan(later, wanted, self._policy, now), Plan)
@@ -101,6 +167,7 @@ class Placer:
             for node in nodes:  # others' requests are known from polls only; they may be over
                 if any(replica.others for replica in node.replicas.values()):
                     self._fleet.doubt(node)
+            self._decisions.note("wait", "no node has room now", whom, model=found.model, against=found.reasons)
         return swapper.NoPlace(found.model, again_at, load_failures.of_reasons(found.reasons))
 
     # needs
@@ -131,7 +198,7 @@ class Placer:
 
     # room
 
-    async def clear(self, model_id: str, node: Node, victim: str, *, drain: bool) -> Failure | None:
+    async def clear(self, model_id: str, node: Node, victim: str, whom: Whom, *, drain: bool) -> Failure | None:
         """1. Could the node load it at all, and is the need as the plan had it? 2. The victim goes. 3. A fresh look."""
         key, loop = (self._survey.spec(model_id), node.name), asyncio.get_running_loop()
         if loop.time() - self._checked_at.get(key, -ESTIMATE_LASTS_S) >= ESTIMATE_LASTS_S:
@@ -142,9 +209,13 @@ class Placer:
             self._checked_at[key] = loop.time()
             if self._survey.needs.on(key[0], make_of(node)) != before:
                 return None  # a new plan, before anything is unloaded
+        evidence = self.evidence_for(model_id, node.name)
+        why = evidence.why if evidence is not None else f"room for {model_id}"
+        self._decisions.note("evict", why, whom, model=victim, node=node.name, wanted=model_id, evidence=evidence)
         try:
             await self._orders.unload(victim, node, drain_s=DRAIN_S if drain else IDLE_DRAIN_S)
         except Conflict as err:
+            self._decisions.note("stays", err.message, whom, model=victim, node=node.name, wanted=model_id)
             log.info("a victim is in use", model=victim, node=node.name, wanted=model_id)
             return Failure(node.name, Kind.BUSY, err.message)
         except HelexaError as err:

@@ -32,7 +32,7 @@ async def show(url: str | None, *, as_json: bool) -> None:
     if as_json:
         print_json(fleet)
     else:
-        _console().print(render(fleet, gateway.url, now()))
+        console().print(render(fleet, gateway.url, now()))
 
 
 async def watch(url: str | None, *, as_json: bool) -> None:
@@ -44,7 +44,7 @@ async def watch(url: str | None, *, as_json: bool) -> None:
                 sys.stdout.write(msgspec.json.encode(await gateway.get("/fleet")).decode() + "\n")
                 sys.stdout.flush()
                 await asyncio.sleep(_EVERY_S)
-        with Live(console=_console(), auto_refresh=False) as live:
+        with Live(console=console(), auto_refresh=False) as live:
             while True:
                 try:
                     live.update(render(await gateway.get("/fleet"), gateway.url, now()), refresh=True)
@@ -61,7 +61,7 @@ async def show_models(url: str | None, *, as_json: bool) -> None:
     elif not listed["data"]:
         sys.stderr.write("cortex: no models: no node has any on disk, and no models.toml names one\n")
     else:
-        _console().print(models_table(listed["data"]))
+        console().print(models_table(listed["data"]))
 
 
 def now() -> datetime:
@@ -194,6 +194,6 @@ def _state(word: str) -> Text:
     return Text(word, style=_STATE_STYLE.get(word, "dim"))
 
 
-def _console() -> Console:
+def console() -> Console:
     """Not cut to a width that nobody has: a pipe gets whole lines."""
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False)

@@ -64,6 +64,10 @@ def test_a_model_with_four_requests_queued_gets_a_copy_in_free_room_and_gives_it
                 first.end(time.monotonic())
             await until(gate.fleet, lambda: gate.where("qwen") == ["a"])
             assert a.unloads == []
+            while len(gate.loader.decisions.last()) < 2:  # the node's event comes before its answer
+                await asyncio.sleep(0.01)
+            told = [(d.what, d.model, d.node, d.by) for d in gate.loader.decisions.last()]
+            assert told == [("give_up", "qwen", "b", "upkeep"), ("copy", "qwen", "b", "upkeep")]
 
     run(main())
 

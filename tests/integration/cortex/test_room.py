@@ -214,3 +214,72 @@ def test_a_load_that_always_runs_out_of_memory_is_told_after_two_tries() -> None
             assert len(a.loads) == 2
 
     run(main())
+
+
+# what is told of it afterwards
+
+
+def test_an_eviction_and_its_load_are_told_with_what_else_was_weighed() -> None:
+    async def main() -> None:
+        a, b, c = holding("cold"), holding("warm"), holding("big", mb=900, memory_mb=1000)
+        models = [QWEN, ModelProfile(id="big", pinned_on=["c"])]
+        a.models["cold"].vram_used_mb = b.models["warm"].vram_used_mb = 8000
+        async with gateway(models, a=a, b=b, c=c) as gate:
+            used(gate, "cold", times=1, ago_s=100)
+            used(gate, "warm", times=9, ago_s=10)
+            await gate.loader.ensure("qwen", 1, request_id="req-1")
+            load, evict = gate.loader.decisions.last()
+        assert (evict.what, evict.model, evict.node, evict.wanted) == ("evict", "cold", "a", "qwen")
+        assert (evict.by, evict.requests, evict.waiting) == ("request", ("req-1",), 1)
+        assert evict.price == pytest.approx((1 / 100) ** 0.25, rel=0.05)
+        assert "on a cold would have to go for it" in evict.why
+        assert [w.node for w in evict.weighed] == ["a", "b", "c"]
+        assert evict.weighed[1].victims == ("warm",)
+        assert evict.weighed[1].price == pytest.approx((9 / 10) ** 0.25, rel=0.05)
+        assert "MB even when empty" in (evict.weighed[2].reason or "")
+        assert (load.what, load.model, load.node, load.price) == ("load", "qwen", "a", 0.0)
+        assert load.requests == ("req-1",)
+
+    run(main())
+
+
+def test_a_victim_that_stays_a_load_that_fails_and_a_refusal_are_told() -> None:
+    async def main() -> None:
+        a = holding("used", mb=8000)
+        async with gateway(loading=Loading(wait_s=0.5), a=a) as gate:
+            used(gate, "used", times=1, ago_s=100)
+            a.models["used"].active_requests = 1  # which the gateway does not know yet
+            with pytest.raises(Overloaded):
+                await gate.loader.ensure("qwen", 1)
+            told = {d.what: d for d in gate.loader.decisions.last()}
+            assert (told["stays"].model, told["stays"].wanted) == ("used", "qwen")
+            assert (told["wait"].model, told["wait"].weighed[0].node) == ("qwen", "a")
+            assert "used is in use" in (told["timed_out"].weighed[0].reason or "")
+        b = FakeNeuron()
+        b.load_failure = "the file is cut short"
+        async with gateway(a=b) as gate:
+            with pytest.raises(LoadFailed):
+                await gate.loader.ensure("qwen", 1)
+            refused, failed, *_ = gate.loader.decisions.last()
+            assert (failed.what, failed.node, failed.why) == ("load_failed", "a", "the file is cut short")
+            assert (refused.what, refused.weighed[0].reason) == ("refuse", "the file is cut short")
+            assert "could not be loaded" in refused.why
+
+    run(main())
+
+
+def test_an_operators_words_are_told_as_his() -> None:
+    async def main() -> None:
+        a = holding("old", mb=8000)
+        async with gateway(a=a) as gate:
+            used(gate, "old", times=1, ago_s=100)
+            await gate.loader.load("qwen", "a")
+            await gate.loader.unload("qwen")
+            told = [(d.what, d.model, d.node, d.by) for d in gate.loader.decisions.last()]
+            assert told == [
+                ("unload", "qwen", "a", "operator"),
+                ("load", "qwen", "a", "operator"),
+                ("evict", "old", "a", "operator"),
+            ]
+
+    run(main())

@@ -329,3 +329,30 @@ class Terminal:
             assert ready, f"no {words!r} in {self._text!r}"
             self._text += os.read(self._own, 65536).decode("utf-8", "replace")
         self._text = self._text.partition(words)[2]
+
+
+# what the gateway decided
+
+
+def test_decisions_are_shown_with_their_reasons_and_as_json(tmp_path: Path) -> None:
+    node = ServingNeuron()
+
+    async def scenario() -> None:
+        async with site(tmp_path, node, "unloaded") as gateway:
+            nothing = await ask(gateway, "decisions")
+            assert (nothing.code, nothing.out) == (0, "")
+            assert "nothing has been decided" in nothing.err
+            assert (await gateway.chat("small", headers={"x-request-id": "mine"})).status == 200
+            shown = await ask(gateway, "decisions", "small", "--all")
+            assert (shown.code, shown.err) == (0, "")
+            assert "beast" in shown.out
+            assert "mine" in shown.out
+            as_json = json.loads((await ask(gateway, "decisions", "--json")).out)
+            assert [(d["what"], d["model"], d["requests"]) for d in as_json] == [("load", MODEL, ["mine"])]
+            assert (await gateway.get("/fleet/decisions?last=1")).json() == {"decisions": as_json}
+            for wrong in ("0", "201", "many", "-1"):
+                assert (await gateway.get(f"/fleet/decisions?last={wrong}")).status == 400
+            unknown = await ask(gateway, "decisions", "nobody")
+            assert (unknown.code, "nobody" in unknown.err) == (1, True)
+
+    run(scenario())

@@ -48,7 +48,7 @@ class ScriptedLoader:
         self._news = asyncio.Event()
         self._then = then
 
-    async def ensure(self, model_id: str, exchange_id: object, deadline: float) -> None:
+    async def ensure(self, model_id: str, exchange_id: object, deadline: float, *, request_id: str) -> None:
         self.asked.append(exchange_id)
         self._news.set()
         outcome = self._then()
