@@ -183,6 +183,14 @@ def unload(
 
 
 @app.command()
+def plan(model: ModelArgument, gateway: GatewayOption = None, as_json: JsonOption = False) -> None:
+    """Show what would happen now to a request for a model, and why. Nothing is done."""
+    from helexa.cortex import reports
+
+    _run(reports.plan(gateway, model, as_json=as_json))
+
+
+@app.command()
 def decisions(
     model: Annotated[
         str | None, typer.Argument(help="Only what concerns this model.", autocompletion=_complete_model)

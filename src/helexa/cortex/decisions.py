@@ -138,7 +138,7 @@ class Decisions:
             why=why,
             price=plan.price if plan is not None else None,
             seconds=plan.seconds if plan is not None else None,
-            weighed=[_weighed(w) for w in found[:NODES_SHOWN]],
+            weighed=[weighed(w) for w in found[:NODES_SHOWN]],
             not_shown=max(0, nodes - NODES_SHOWN),
         )
         self._kept.append(made)
@@ -167,7 +167,8 @@ class Decisions:
         return True
 
 
-def _weighed(found: Plan | Reason | Failure) -> Weighed:
+def weighed(found: Plan | Reason | Failure) -> Weighed:
+    """One node as it is told."""
     if isinstance(found, Plan):
         return Weighed(node=found.node, price=found.price, victims=found.victims, seconds=found.seconds)
     return Weighed(node=found.node, reason=found.text if isinstance(found, Reason) else found.reason)

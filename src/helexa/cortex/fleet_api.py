@@ -1,6 +1,6 @@
-"""The operator's part of the control plane, under /fleet: what the loader decided.
+"""The operator's part of the control plane, under /fleet: what the loader decided, and what it would decide.
 
-Answers are made from memory.
+Answers are made from memory, but that a plan may ask nodes what a model would take there.
 """
 
 from __future__ import annotations
@@ -26,11 +26,18 @@ class FleetApi:
         self._loader = loader
         self.routes = [
             Route("/fleet/decisions", self._decisions),
+            Route("/fleet/plan", self._plan),
         ]
 
     async def _decisions(self, request: Request) -> Response:
         last = self._loader.decisions.last(_count(request, "last", decisions.KEPT))
         return json_response({"decisions": last})
+
+    async def _plan(self, request: Request) -> Response:
+        name = request.query_params.get("model", "")
+        if not name:
+            raise BadRequest("?model= is missing; GET /v1/models lists what can be asked", param="model")
+        return json_response(await self._loader.foresee(self._fleet.resolve(name)))
 
 
 def json_response(body: Any, status: int = 200) -> Response:

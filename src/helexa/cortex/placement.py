@@ -19,7 +19,7 @@ from helexa.cortex import eviction
 from helexa.cortex.eviction import FREE, Kept, Policy, Price, Resident
 from helexa.cortex.plans import Bar, DeviceView, Need, NodeView, NoPlan, Order, Plan, Reason, Wanted
 
-_ALIVE: Final = ("up", "suspect")
+ALIVE: Final = ("up", "suspect")
 _NO_RANK: Final = 2**31
 
 
@@ -38,7 +38,7 @@ def plan(
     full: list[NodeView] = []
     weighed = 0
     for node in nodes:
-        if node.state not in _ALIVE or (wanted.pinned_on and node.name not in wanted.pinned_on):
+        if node.state not in ALIVE or (wanted.pinned_on and node.name not in wanted.pinned_on):
             continue
         seat = _seat(node, wanted, {})
         if seat is None:

@@ -158,17 +158,22 @@ class Placer:
         self, found: NoPlan, wanted: Wanted, nodes: Sequence[Node], since: float, whom: Whom
     ) -> swapper.NoPlace:
         """Waiting helps where the model would fit once all that may go has gone."""
-        again_at, now = None, asyncio.get_running_loop().time()
-        names = [n.name for n in nodes]
-        later = self._survey.may_fit_later(names, wanted.priority, by_class=self._policy.by_class, now=now)
-        might = isinstance(placement.plan(later, wanted, self._policy, now), Plan)
-        if might or (any(r.bar is Bar.NOT_NOW for r in found.reasons) and now - since < STRANGERS_S):
-            again_at = max(now + 0.02, min(now + LOOK_AGAIN_S, found.again_at or now + LOOK_AGAIN_S))
+        again_at = self.again_at(found, wanted, nodes, since)
+        if again_at is not None:
             for node in nodes:  # others' requests are known from polls only; they may be over
                 if any(replica.others for replica in node.replicas.values()):
                     self._fleet.doubt(node)
             self._decisions.note("wait", "no node has room now", whom, model=found.model, against=found.reasons)
         return swapper.NoPlace(found.model, again_at, load_failures.of_reasons(found.reasons))
+
+    def again_at(self, found: NoPlan, wanted: Wanted, nodes: Sequence[Node], since: float) -> float | None:
+        """When room may have come; None: it will not."""
+        now, names = asyncio.get_running_loop().time(), [n.name for n in nodes]
+        later = self._survey.may_fit_later(names, wanted.priority, by_class=self._policy.by_class, now=now)
+        might = isinstance(placement.plan(later, wanted, self._policy, now), Plan)
+        if might or (any(r.bar is Bar.NOT_NOW for r in found.reasons) and now - since < STRANGERS_S):
+            return max(now + 0.02, min(now + LOOK_AGAIN_S, found.again_at or now + LOOK_AGAIN_S))
+        return None
 
     # needs
 

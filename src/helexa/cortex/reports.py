@@ -1,13 +1,15 @@
-"""`cortex decisions`: what the gateway decided about loading, for the eye or as JSON."""
+"""`cortex decisions` and `cortex plan`: what the gateway decided about loading, and would decide now."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any, Final
+from urllib.parse import urlencode
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +21,10 @@ _STYLE: Final = {
     "load": "green", "copy": "green", "evict": "yellow", "stays": "yellow", "wait": "yellow", "timed_out": "red",
     "refuse": "red", "load_failed": "red",
 }  # fmt: skip
+_WOULD: Final = {
+    "serve": "would be served", "load": "would be loaded", "wait": "would wait", "refuse": "would be refused"
+}  # fmt: skip
+_ACTION_STYLE: Final = {"serve": "green", "load": "green", "wait": "yellow", "refuse": "red"}
 _SAID: Final = {"load_failed": "load failed", "timed_out": "timed out", "give_up": "give up"}
 
 
@@ -55,6 +61,64 @@ def decisions_table(decisions: list[dict[str, Any]], *, everything: bool = False
             Group(d["why"], *(Text(line, style="dim") for line in _weighed(d))) if everything else d["why"],
         )
     return table
+
+
+async def plan(url: str | None, model: str, *, as_json: bool) -> None:
+    async with Client(url or DEFAULT_URL) as gateway:
+        foreseen = await gateway.get(f"/fleet/plan?{urlencode({'model': model})}", timeout_s=30.0)
+    if as_json:
+        print_json(foreseen)
+    else:
+        console().print(plan_report(foreseen))
+
+
+def plan_report(foreseen: Mapping[str, Any]) -> RenderableType:
+    """The whole of `cortex plan`."""
+    where = f" on {foreseen['node']}" if "node" in foreseen else ""
+    head = Text.assemble(
+        (f"{foreseen['model']} ", "bold"), (_WOULD[foreseen["action"]] + where, _ACTION_STYLE[foreseen["action"]])
+    )
+    if error := foreseen.get("error"):
+        head.append(f" with {error['status']} {error['code']}")
+    parts: list[RenderableType] = [head, Text(f"  {foreseen['why']}")]
+    for title, placement in (("", foreseen.get("load")), ("then: ", foreseen.get("then"))):
+        if placement is not None:
+            parts += [Text(f"  {title}{line}") for line in _placement(placement)]
+    if replicas := foreseen.get("replicas"):
+        parts.append(_of_nodes(("NODE", "STATE", "IN FLIGHT"), _replicas(replicas)))
+    if weighed := foreseen.get("weighed"):
+        parts.append(_of_nodes(("NODE", "WEIGHED"), [(w["node"], said_of(w)) for w in weighed]))
+    if more := foreseen.get("not_shown"):
+        parts.append(Text(f"  and {more} other nodes", style="dim"))
+    return Group(*parts)
+
+
+def _placement(placement: Mapping[str, Any]) -> Iterator[str]:
+    if devices := placement.get("devices"):
+        parts = " and ".join(f"{d['mb']:,} MB on device {d['index']}" for d in devices)
+        left = f", {placement['left_mb']:,} MB left over" if "left_mb" in placement else ""
+        yield f"{placement['node']}: {parts}{left}"
+    for victim in placement.get("victims", ()):
+        finishes = ", in use, has to finish first" if victim.get("drains") else f", idle for {victim['idle_s']:,.0f} s"
+        yield f"goes first: {victim['model']}, {victim['mb']:,} MB{finishes}, score {victim['score']:.3g}"
+    if "seconds" in placement:
+        yield f"the load takes about {placement['seconds']:,.0f} s"
+
+
+def _replicas(replicas: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    for replica in replicas:
+        others = f" and {replica['others']} of others" if "others" in replica else ""
+        mark = " <" if replica.get("chosen") else ""
+        yield replica["node"] + mark, replica["state"], f"{replica['inflight']}{others}"
+
+
+def _of_nodes(heads: Iterable[str], rows: Iterable[tuple[str, ...]]) -> RenderableType:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return Padding(table, (1, 0, 0, 2))
 
 
 def _clock(at: str) -> str:

@@ -356,3 +356,21 @@ def test_decisions_are_shown_with_their_reasons_and_as_json(tmp_path: Path) -> N
             assert (unknown.code, "nobody" in unknown.err) == (1, True)
 
     run(scenario())
+
+
+def test_a_plan_is_shown_for_an_alias_and_changes_nothing(tmp_path: Path) -> None:
+    node = ServingNeuron()
+
+    async def scenario() -> None:
+        async with site(tmp_path, node, "unloaded") as gateway:
+            shown = await ask(gateway, "plan", "small")
+            assert (shown.code, shown.err) == (0, "")
+            assert shown.out.startswith(f"{MODEL} would be loaded on beast")
+            as_json = json.loads((await ask(gateway, "plan", "small", "--json")).out)
+            assert (as_json["model"], as_json["action"], as_json["node"]) == (MODEL, "load", "beast")
+            assert node.loads == []
+            unknown = await ask(gateway, "plan", "smal")
+            assert (unknown.code, "did you mean 'small'" in unknown.err) == (1, True)
+            assert (await gateway.get("/fleet/plan")).status == 400
+
+    run(scenario())
