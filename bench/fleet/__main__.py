@@ -1,4 +1,5 @@
-"""How well models are placed and evicted, and what that costs: `python -m bench.fleet [policies|turns|cost|all]`.
+"""How well models are placed and evicted and requests routed, and what that costs:
+`python -m bench.fleet [policies|turns|routing|cost|all]`.
 
 Everything but the times of `cost` comes from the simulator (src/helexa/cortex/simulate), which runs the gateway's own
 placement, eviction, router and swapper. Rules were tuned on other seeds (from 1001) than the default ones here.
@@ -8,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
-from math import sqrt
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from statistics import mean, stdev
+from statistics import mean
 
-from bench.fleet import cost
+from bench.fleet import cost, routing
+from bench.fleet.intervals import ratio
 from bench.measure import machine, table
 from helexa.cortex.eviction import POLICIES
 from helexa.cortex.simulate.results import Results
@@ -23,9 +24,6 @@ from helexa.cortex.simulate.simulation import Rules, Simulation
 from helexa.cortex.simulate.trace import Request
 from helexa.cortex.simulate.workloads import GB, Arrivals, W, Workload, drawn_models, drawn_nodes, generate, standard
 from helexa.cortex.simulate.world import Model, NodeSpec
-
-# 97.5 % points of Student's t, by degrees of freedom from 1.
-_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09)
 
 TARGETS = {  # cold starts against LRU, against the clairvoyant heuristic; mean wait against LRU
     "W1": (0.93, 1.30, 1.03),
@@ -37,7 +35,7 @@ TARGETS = {  # cold starts against LRU, against the clairvoyant heuristic; mean 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.fleet", description=__doc__)
-    parser.add_argument("what", nargs="?", default="all", choices=["policies", "turns", "cost", "all"])
+    parser.add_argument("what", nargs="?", default="all", choices=["policies", "turns", "routing", "cost", "all"])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 11)))
     parser.add_argument("--workloads", nargs="+", default=list(W), choices=list(W))
     parser.add_argument("--plot", type=Path, help="where the growth of the costs is drawn (SVG)")
@@ -47,6 +45,8 @@ def main() -> None:
         policies(args.workloads, args.seeds)
     if args.what in ("turns", "all"):
         turns()
+    if args.what in ("routing", "all"):
+        routing.show(args.seeds)
     if args.what in ("cost", "all"):
         cost.show(args.plot)
         day(args.seeds[0])
@@ -132,14 +132,6 @@ def loads(results: Results) -> float:
 
 def run(load: Workload, rules: Rules) -> Results:
     return Simulation(load.nodes, load.models, load.requests, rules).run()
-
-
-def ratio(ours: Sequence[Results], theirs: Sequence[Results], figure: Callable[[Results], float]) -> str:
-    values = [figure(a) / figure(b) for a, b in zip(ours, theirs, strict=True)]
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    half = _T[min(len(values) - 2, len(_T) - 1)] * stdev(values) / sqrt(len(values))
-    return f"{mean(values):.3f} +- {half:.3f}"
 
 
 def turns() -> None:

@@ -71,7 +71,7 @@ def plan(
         if found is not None and (best is None or found.order < best.order):
             best = found
     if best is None:
-        return NoPlan(wanted.model, tuple(why_not(node, wanted, policy, now, drain=drain) for node in nodes))
+        return NoPlan(wanted.model, lambda: tuple(why_not(node, wanted, policy, now, drain=drain) for node in nodes))
     return replace(best, weighed=weighed)
 
 
@@ -219,12 +219,22 @@ def _need(node: NodeView, wanted: Wanted) -> Need | None:
     return wanted.need_on.get(node.name, wanted.need)
 
 
+def _is_plain(wanted: Wanted) -> bool:
+    """It has no wishes for its devices."""
+    return (
+        wanted.devices is None
+        and wanted.min_devices <= 1
+        and wanted.tensor_parallel <= 1
+        and not wanted.min_device_vram_mb
+    )
+
+
 def _seat(node: NodeView, wanted: Wanted, freed: Mapping[int, int]) -> _Seat | None:
     """Where it would sit if so much more were free, by device."""
     # HOT, once per node of the fleet: what has no wishes for its devices, and is not spread, is settled here.
-    plain = wanted.devices is None and wanted.min_devices <= 1 and wanted.tensor_parallel <= 1
     need = wanted.need_on.get(node.name, wanted.need)
-    if plain and not wanted.min_device_vram_mb and need is not None:
+    plain = wanted.devices is None and wanted.min_devices <= 1 and wanted.tensor_parallel <= 1
+    if plain and not wanted.min_device_vram_mb and need is not None:  # _is_plain, without the call
         whole, best, least, in_all, is_one_enough = need.total_mb, -1, -1, 0, False
         for d in node.devices:
             if d.free_mb is None or d.total_mb is None:
@@ -351,6 +361,11 @@ def why_not(node: NodeView, wanted: Wanted, policy: Policy, now: float, *, drain
 
 def _too_small(node: NodeView, wanted: Wanted, need: Need) -> Reason | None:
     usable = _usable(node, wanted)
+    if _is_plain(wanted) and len(usable) == len(node.devices):  # most are, and then it is a matter of sums
+        if sum([d.empty_mb for d in usable]) >= need.total_mb:
+            return None
+        fits_alone = sum([d.total_mb or 0 for d in usable]) >= need.total_mb
+        return _never_fits(node, usable, need, Bar.NOT_NOW if fits_alone else Bar.NEVER)
     if _seat_in(node, wanted, [(d.empty_mb, d.index) for d in usable]) is not None:
         return None
     devices = [d for d in node.devices if d.total_mb is not None]
@@ -372,9 +387,13 @@ def _too_small(node: NodeView, wanted: Wanted, need: Need) -> Reason | None:
         text = f"{count}, but device {d.index} has {d.empty_mb:,} of {wanted.min_device_vram_mb:,} MB even when empty"
         return Reason(node.name, bar, text + _strangers([d]))
     without = _seat_in(node, wanted, [(d.total_mb or 0, d.index) for d in usable])
-    has = " + ".join(f"{d.empty_mb:,}" for d in usable)
+    return _never_fits(node, usable, need, Bar.NEVER if without is None else Bar.NOT_NOW)
+
+
+def _never_fits(node: NodeView, usable: Sequence[DeviceView], need: Need, bar: Bar) -> Reason:
+    has = " + ".join([f"{d.empty_mb:,}" for d in usable])
     text = f"needs {need.total_mb:,} MB ({need.source}), and has {has} MB even when empty"
-    return Reason(node.name, Bar.NEVER if without is None else Bar.NOT_NOW, text + _strangers(usable))
+    return Reason(node.name, bar, text + _strangers(usable))
 
 
 def _strangers(devices: Iterable[DeviceView]) -> str:

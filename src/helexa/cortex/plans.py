@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
@@ -133,8 +133,7 @@ class Bar(Enum):
     AWAY = "away"  # down, draining, or to be avoided for a while
 
 
-@dataclass(frozen=True, slots=True)
-class Reason:
+class Reason(msgspec.Struct, frozen=True):
     """text: for a person, without the node's name. again_at: when that may be over; None: nobody knows."""
 
     node: str
@@ -144,12 +143,21 @@ class Reason:
     again_at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
 class NoPlan:
-    """No node can hold it; why, by node."""
+    """No node can hold it; why, by node. Often only that matters, so the reasons may be given as what tells them: they
+    are put into words when somebody looks."""
 
-    model: str
-    reasons: tuple[Reason, ...]
+    __slots__ = ("_reasons", "model")
+
+    def __init__(self, model: str, reasons: tuple[Reason, ...] | Callable[[], tuple[Reason, ...]]) -> None:
+        self.model = model
+        self._reasons = reasons
+
+    @property
+    def reasons(self) -> tuple[Reason, ...]:
+        if not isinstance(self._reasons, tuple):
+            self._reasons = self._reasons()
+        return self._reasons
 
     @property
     def is_never(self) -> bool:
