@@ -20,7 +20,10 @@ def settings(*names: str, **changes: Any) -> CortexSettings:
 
 
 def fleet(
-    *names: str, models: Iterable[ModelProfile] = (), aliases: Mapping[str, str] | None = None, **changes: Any
+    *names: str,
+    models: Iterable[ModelProfile] = (),
+    aliases: Mapping[str, str | list[str]] | None = None,
+    **changes: Any,
 ) -> Fleet:
     """All nodes down, as at the start."""
     return Fleet(settings(*names, **changes), Catalogue(models=list(models), aliases=dict(aliases or {})))

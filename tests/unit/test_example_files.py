@@ -41,7 +41,7 @@ def test_the_example_of_each_program_gives_the_defaults() -> None:
 
 def test_the_example_catalogue_loads() -> None:
     catalogue = load_catalogue(CONFIG / "models.example.toml", warn=refuse)
-    assert catalogue.resolve("small") == catalogue.models[0].id
+    assert catalogue.aliases["small"] == catalogue.models[0].id
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The catalogue: models.toml, the one place that says how a model is served. Profiles, aliases, resolution of names."""
+"""The catalogue: models.toml, the one place that says how a model is served. Profiles and aliases."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from helexa.core import profile, settings_file
+from helexa.core import aliases, profile, settings_file
 from helexa.core.config import is_legacy, log_warning
 from helexa.core.lifecycle import LoadRequest, ServingProfile
 from helexa.core.settings_file import Fault, Key
@@ -35,32 +35,18 @@ class ModelProfile(ServingProfile, frozen=True):
 
 
 class Catalogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """aliases lead straight to an id: the loader follows an alias of an alias to its end."""
+    """aliases: as the file has them; `core.aliases` says what each stands for."""
 
     models: list[ModelProfile] = []
-    aliases: dict[str, str] = {}
-
-    def resolve(self, name: str) -> str:
-        """The id that an alias stands for; any other name as it is."""
-        return self.aliases.get(name, name)
+    aliases: dict[str, str | list[str]] = {}
 
     def profile(self, model_id: str) -> ModelProfile | None:
         return next((m for m in self.models if m.id == model_id), None)
 
-    def aliases_of(self, model_id: str) -> list[str]:
-        return [alias for alias, target in self.aliases.items() if target == model_id]
-
 
 def load_catalogue(path: Path, warn: Callable[[str], None] = log_warning) -> Catalogue:
     """models.toml, checked. Raises ConfigError with everything that is wrong in it."""
-    catalogue = settings_file.read(Catalogue, path, legacy=is_legacy, idle=IDLE, rules=_rules, warn=warn)
-    return Catalogue(models=catalogue.models, aliases={a: _end_of(a, catalogue.aliases) for a in catalogue.aliases})
-
-
-def _end_of(alias: str, aliases: dict[str, str]) -> str:
-    while alias in aliases:  # loops were refused before
-        alias = aliases[alias]
-    return alias
+    return settings_file.read(Catalogue, path, legacy=is_legacy, idle=IDLE, rules=_rules, warn=warn)
 
 
 def _rules(catalogue: Catalogue) -> Iterator[Fault]:
@@ -73,23 +59,13 @@ def _rules(catalogue: Catalogue) -> Iterator[Fault]:
         yield from profile.faults(model, at)
         if len(set(model.pinned_on)) != len(model.pinned_on) or not all(model.pinned_on):
             yield Fault((*at, "pinned_on"), "has an empty or a repeated node")
-    for alias, target in catalogue.aliases.items():
+    for alias in catalogue.aliases:
         at = ("aliases", alias)
         yield from profile.id_faults(alias, at)
-        yield from profile.id_faults(target, at)
+        for target in aliases.targets_of(alias, catalogue.aliases):
+            yield from profile.id_faults(target, at)
         if alias in seen:
             yield Fault(at, "is the id of a model too; a name means one thing")
-        elif (loop := _loop(alias, catalogue.aliases)) is not None:
-            yield Fault(at, f"leads back to itself: {' -> '.join(loop)}")
-
-
-def _loop(alias: str, aliases: dict[str, str]) -> list[str] | None:
-    """The way from an alias back to itself; None where it ends."""
-    way = [alias]
-    while (target := aliases.get(way[-1])) is not None:
-        way.append(target)
-        if target == alias:
-            return way
-        if target in way[:-1]:  # a loop further on, told at the aliases that are in it
-            return None
-    return None
+            continue
+        for mistake in aliases.mistakes(alias, catalogue.aliases):
+            yield Fault(at, mistake)

@@ -180,6 +180,10 @@ def _check(type_: Any, value: Any, key: Key, legacy: Callable[[Key], bool], drop
         for index, element in enumerate(value):
             yield from _check(item, element, (*key, index), legacy, dropped)
         return
+    if (entry := dict_value(type_)) not in (None, Any) and isinstance(value, dict):
+        for name, element in value.items():
+            yield from _check(entry, element, (*key, name), legacy, dropped)
+        return
     try:
         msgspec.convert(value, type_)
     except msgspec.ValidationError:
@@ -319,6 +323,11 @@ def list_item(type_: Any) -> Any | None:
     return get_args(_options(type_)[0])[0] if _bare(type_) is list else None
 
 
+def dict_value(type_: Any) -> Any | None:
+    """Type of the values of a table with names of the user's own; None where the type is no such table."""
+    return get_args(_options(type_)[0])[1] if _bare(type_) is dict else None
+
+
 def choices(type_: Any) -> list[str]:
     inner = _options(type_)[0]
     return [str(a) for a in get_args(inner)] if get_origin(inner) is Literal else []
@@ -330,7 +339,9 @@ def _takes_text(type_: Any) -> bool:
 
 def describe(type_: Any) -> str:
     """`int | None` with bounds as "a whole number from 1 to 65,535". Also the range column of the reference."""
-    inner = _options(type_)[0]
+    inner, *others = _options(type_)
+    if others:
+        return " or ".join(describe(option) for option in (inner, *others))
     if words := choices(type_):
         return "one of " + ", ".join(f'"{w}"' for w in words)
     if (item := list_item(type_)) is not None:

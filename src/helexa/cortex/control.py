@@ -115,7 +115,7 @@ class ControlPlane:
             allow_origins=list(cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id"],
+            expose_headers=["x-request-id", "x-helexa-model"],
         )
         self._app = Starlette(
             routes=routes,

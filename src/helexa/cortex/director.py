@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from functools import lru_cache
 from itertools import count
+from math import inf
 from random import Random
 from typing import Final
 
@@ -26,36 +27,24 @@ from helexa.core.errors import (
     ShuttingDown,
     UpstreamError,
     UpstreamTimeout,
-    WrongTask,
 )
-from helexa.core.lifecycle import ModelInfo, ModelStatus
+from helexa.core.lifecycle import ModelStatus
 from helexa.core.relay.contract import Exchange, Route
+from helexa.core.relay.wire import value_of
 from helexa.core.request_log import RequestLog
 from helexa.cortex import refusals
+from helexa.cortex.fallbacks import Fallbacks
 from helexa.cortex.fleet import Fleet, Node, Replica
 from helexa.cortex.loader import Loader
 from helexa.cortex.metrics import OTHER, Metrics, Series
 from helexa.cortex.router import choose
 from helexa.cortex.routing import Routed, Routing
+from helexa.cortex.targets import Target, Targets, wrong_task
 from helexa.cortex.translations import TRANSLATIONS, Setup, Translated
 from helexa.cortex.work import Ticket
 
 log = logs.get("cortex.director")
 
-_GENERATION: Final = frozenset({"chat", "completion"})
-# What a model must be for to serve a path. A chat asked of a model without a chat template is the node's to judge.
-_TASKS: Final[dict[str, frozenset[str]]] = {
-    "/v1/chat/completions": _GENERATION,
-    "/v1/messages": _GENERATION,
-    "/v1/messages/count_tokens": _GENERATION,
-    "/v1/responses": _GENERATION,
-    "/v1/completions": _GENERATION,
-    "/v1/embeddings": frozenset({"embed"}),
-    "/v1/rerank": frozenset({"rerank"}),
-}
-_ALL_TASKS: Final = frozenset[str]().union(*_TASKS.values())
-_DOES: Final = {"chat": "chats", "completion": "completes text", "embed": "makes embeddings", "rerank": "reranks"}
-_TARGETS_KEPT: Final = 10_000
 _ENSURE_ATTEMPTS: Final = 3  # a load that is evicted before its waiter gets to it, three times over: give up
 
 
@@ -71,27 +60,16 @@ class Pursuit(msgspec.Struct, eq=False):
     """What one request has been through; `Exchange.state`. A Struct for the same reason as Exchange."""
 
     model: Target
+    others: tuple[Target, ...] = ()  # what the alias lists beside it, not tried yet
+    reasons: tuple[str, ...] = ()  # why those that the alias lists and that were tried could not serve it
     translated: Translated | None = None  # the request, where nodes do not speak its dialect
     routed: Routed | None = None  # where the model has several replicas
+    headers_back: bytes = b""  # for the client, once a node is asked: which model answers was open before
     series: Series | None = None  # of the latest attempt, as is
     node: Node | None = None
     broken: list[str] = []  # nodes that failed it, as against those that asked to wait
     last_error: HelexaError | None = None
     passed_on: HelexaError | None = None  # a node's refusal that the client got as it was
-
-
-class Target:
-    """One model as requests need it, made once and kept until the fleet's view of it changes."""
-
-    __slots__ = ("context", "id", "replicas", "wrong_paths")
-
-    def __init__(
-        self, model_id: str, replicas: list[Replica], tasks: frozenset[str], context: int | None = None
-    ) -> None:
-        self.id = model_id
-        self.context = context  # tokens that a request may have, where known
-        self.replicas = replicas  # the fleet's live list
-        self.wrong_paths = {path: tasks for path, need in _TASKS.items() if tasks and not tasks & need}
 
 
 class CortexDirector:
@@ -119,7 +97,9 @@ class CortexDirector:
         self._setup = setup or Setup()
         self._rng = rng or Random()
         self._routing = Routing(self._rng, clock, metrics.routed)
-        self._targets: dict[str, Target] = {}  # by the name that clients use
+        self._fallbacks = Fallbacks(loader.outlook, clock)
+        self._targets = Targets(fleet)
+        self._target_of = self._targets.by_name.get
         self._waiting: Counter[str] = Counter()
         self._ids = count()
         fleet.on_change.append(self._view_changed)
@@ -133,21 +113,24 @@ class CortexDirector:
         2. A loaded replica that was not tried: there.
         3. All tried: a node that failed ends it with its error; nodes that asked to wait are waited for.
         4. Loaded nowhere: wait for a load.
+
+        Of an alias that lists several models, the first that can serve it in time; where that fails, the next.
         """
         pursuit: Pursuit | None = exchange.state
         if pursuit is None:
-            target = self._targets.get(exchange.model) or self._target(exchange.model)
-            if exchange.endpoint.path in target.wrong_paths:
-                raise self._wrong_task(exchange, target)
-            exchange.state = pursuit = Pursuit(target)
-            translate = TRANSLATIONS.get(exchange.endpoint.path)
-            if translate is not None:
-                pursuit.translated = translate(exchange, target.context, self._setup)
+            target = self._target_of(exchange.model) or self._targets.make(exchange.model)
+            pursuit = Pursuit(target)
+            if target.fallbacks:
+                target = self._first_of(exchange, pursuit, (target, *target.fallbacks))
+            self._take_up(exchange, pursuit, target)
         replica = self._choose(exchange, pursuit, pursuit.model.replicas, exchange.tried)
         if replica is not None:
             return self._send(exchange, pursuit, replica)
         last = pursuit.last_error
         if last is not None and not isinstance(last, ModelLoading | ModelUnloading):
+            if self._falls_back(exchange, pursuit, last):
+                return self.route(exchange)
+            _tell_all(last, pursuit)
             raise last
         return self._wait(exchange, pursuit)
 
@@ -179,7 +162,7 @@ class CortexDirector:
             pursuit.broken.append(node)
         elif isinstance(error, Overloaded | ShuttingDown):
             others = choose(pursuit.model.replicas, [*exchange.tried, node], self._rng)
-            if others is None and pursuit.translated is None:
+            if others is None and pursuit.translated is None and not pursuit.others:
                 pursuit.passed_on = refusals.NodeSaid(code, error.message)
                 return None  # nobody else to ask: the node's own words, its retry-after included
         return error
@@ -250,6 +233,7 @@ class CortexDirector:
         headers = _headers(replica.info.id, ask)
         series = pursuit.series = self._metrics.series(pursuit.model.id, replica.node.name)
         pursuit.node = replica.node
+        exchange.headers_back = pursuit.headers_back
         replica.begin(self._clock())
         series.inflight += 1
         route = NodeRoute(
@@ -269,7 +253,71 @@ class CortexDirector:
                 route.content_type = b"application/json"  # nodes are always asked for a stream
         return route
 
+    def _take_up(self, exchange: Exchange, pursuit: Pursuit, target: Target) -> None:
+        """From now on the request is one for this model. HOT, once per request."""
+        path = exchange.endpoint.path
+        if path in target.wrong_paths:
+            raise wrong_task(target, path)
+        pursuit.model = target
+        pursuit.routed = None
+        exchange.state = pursuit
+        exchange.headers_back = b""
+        translate = TRANSLATIONS.get(path)
+        if translate is not None:
+            pursuit.translated = translate(exchange, target.context, self._setup)
+        pursuit.headers_back = exchange.headers_back + target.named
+
+    def _first_of(self, exchange: Exchange, pursuit: Pursuit, options: tuple[Target, ...]) -> Target:
+        """The model to begin with; what else may serve it is kept with the request."""
+        fit = [option for option in options if exchange.endpoint.path not in option.wrong_paths] or list(options)
+        first = self._fallbacks.choose(fit, self._deadline(exchange) - self._clock()) or fit[0]
+        pursuit.others = tuple(option for option in fit if option is not first)
+        return first
+
+    def _falls_back(self, exchange: Exchange, pursuit: Pursuit, error: HelexaError) -> bool:
+        """Turns the request to another model that may serve it, if there is one; `error` is why the last could not.
+        Once its time is over, only what is loaded is left."""
+        if not pursuit.others or isinstance(error, BadRequest | ShuttingDown):
+            return False
+        self._fallbacks.failed(pursuit.model.id, error)
+        pursuit.reasons += (error.message,)
+        left_s = self._deadline(exchange) - self._clock()
+        target = self._fallbacks.choose([o for o in pursuit.others if left_s > 0 or o.replicas], left_s)
+        if target is None:
+            return False
+        log.info("another model serves it", request_id=exchange.request_id, model=target.id, reason=error.message)
+        pursuit.others = tuple(other for other in pursuit.others if other is not target)
+        pursuit.last_error = None
+        exchange.tried[:] = pursuit.broken  # who could not serve that model may serve this one
+        self._take_up(exchange, pursuit, target)
+        return True
+
+    def _deadline(self, exchange: Exchange) -> float:
+        """Until when it may wait for a model: as configured, or less where the request says so."""
+        told = value_of(exchange.head, exchange.head.lower(), b"x-helexa-wait:")
+        if told is None:
+            return exchange.t_start + self._wait_s
+        try:
+            wait_s = float(told)
+        except ValueError:
+            wait_s = -1.0
+        if not 0 <= wait_s < inf:
+            raise BadRequest("x-helexa-wait must be the seconds that the request may wait for its model, like 10")
+        return exchange.t_start + min(wait_s, self._wait_s)
+
     async def _wait(self, exchange: Exchange, pursuit: Pursuit) -> Route:
+        while True:
+            try:
+                return await self._wait_for_it(exchange, pursuit)
+            except HelexaError as error:
+                if not self._falls_back(exchange, pursuit, error):
+                    _tell_all(error, pursuit)
+                    raise
+            replica = self._choose(exchange, pursuit, pursuit.model.replicas, exchange.tried)
+            if replica is not None:
+                return self._send(exchange, pursuit, replica)
+
+    async def _wait_for_it(self, exchange: Exchange, pursuit: Pursuit) -> Route:
         model_id = pursuit.model.id
         began = self._clock()
         if not self._waiting[model_id] and not pursuit.model.replicas:
@@ -277,7 +325,7 @@ class CortexDirector:
         self._waiting[model_id] += 1
         try:
             for _ in range(_ENSURE_ATTEMPTS):
-                latest = exchange.t_start + self._wait_s
+                latest = self._deadline(exchange)
                 await self._loader.ensure(model_id, next(self._ids), latest, request_id=exchange.request_id)
                 # A node that said "loading" may be asked again; one that failed this request may not.
                 replica = self._choose(exchange, pursuit, self._fleet.replicas(model_id), pursuit.broken)
@@ -292,33 +340,6 @@ class CortexDirector:
             self._metrics.waited(model_id, self._clock() - began)
         raise pursuit.last_error or ModelLoading(f"{model_id} was loaded and evicted again before it could answer")
 
-    def _target(self, name: str) -> Target:
-        if not name:
-            raise BadRequest('"model" is missing; GET /v1/models lists what is served', param="model")
-        model_id = self._fleet.resolve(name)
-        context = self._fleet.entry(model_id).get("max_model_len")
-        target = Target(model_id, self._fleet.replicas(model_id), self._tasks(model_id), context)
-        if len(self._targets) >= _TARGETS_KEPT:  # one model has many spellings, and a client may try them all
-            self._targets.clear()
-        self._targets[name] = target
-        return target
-
-    def _tasks(self, model_id: str) -> frozenset[str]:
-        """What the model is known to be for; empty while nobody knows."""
-        known: set[str] = set()
-        for _, info in self._fleet.holders(model_id):
-            if info is not None:
-                known |= _tasks_of(info)
-        return frozenset(known & _ALL_TASKS)
-
-    def _wrong_task(self, exchange: Exchange, target: Target) -> WrongTask:
-        does = " and ".join(sorted(_DOES[t] for t in target.wrong_paths[exchange.endpoint.path]))
-        return WrongTask(
-            f"{target.id} {does} and cannot serve {exchange.endpoint.path}; GET /v1/models lists each model's "
-            f"capabilities",
-            param="model",
-        )
-
     def _label(self, name: str) -> str:
         """For a request refused before it had a target; cold."""
         try:
@@ -329,8 +350,6 @@ class CortexDirector:
     def _view_changed(self, model_id: str | None) -> None:
         if model_id is not None:
             self._routing.view_changed(model_id, self._fleet)
-        # Names are few and a Target costs microseconds: forgetting all is simpler than knowing which names lead here.
-        self._targets.clear()
 
 
 @lru_cache(maxsize=4096)
@@ -342,5 +361,7 @@ def _headers(model: str, usage: bool) -> bytes:
     return line + b"x-helexa-usage: 1\r\n" if usage else line
 
 
-def _tasks_of(info: ModelInfo) -> set[str]:
-    return {*(info.capabilities or ()), *([info.task] if info.task else ())}
+def _tell_all(error: HelexaError, pursuit: Pursuit) -> None:
+    """Beside what became of the model tried last, why those before it could not serve."""
+    if pursuit.reasons and pursuit.reasons[-1] != error.message:
+        error.message = "; before that: ".join(m.rstrip(".") for m in (error.message, *reversed(pursuit.reasons)))

@@ -11,7 +11,8 @@ A node is asked at its configured endpoint, whatever it may say about itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Literal
 
 import msgspec
@@ -33,6 +34,8 @@ log = logs.get("cortex.fleet")
 NodeState = Literal["up", "suspect", "down", "draining"]
 
 MISSES_UNTIL_DOWN: Final = 2
+SLOTS: Final = 4  # of a model whose node does not tell
+PACE_OVER: Final = 16  # requests: a few rounds of its slots, so that a change of load shows soon
 # What comes before loaded; a drain that ran out, back from unloading, is no new load.
 _COMING: Final = frozenset({"unloaded", "downloading", "loading", "recovering", "failed"})
 NAME_SHOWN: Final = 200  # characters of an unknown name that an error repeats, and that are compared
@@ -49,7 +52,19 @@ class Replica:
     loaded_at: monotonic, where we saw it become loaded; 0.0: it was before
     """
 
-    __slots__ = ("inflight", "info", "last_used", "loaded_at", "model_id", "node", "others", "requests", "work")
+    __slots__ = (
+        "_ends",
+        "_idle_s",
+        "inflight",
+        "info",
+        "last_used",
+        "loaded_at",
+        "model_id",
+        "node",
+        "others",
+        "requests",
+        "work",
+    )
 
     def __init__(self, node: Node, model_id: str, info: ModelInfo) -> None:
         self.node = node
@@ -59,6 +74,8 @@ class Replica:
         self.others = 0
         self.loaded_at = 0.0
         self.last_used = 0.0  # monotonic; 0.0: not yet by us
+        self._idle_s = 0.0  # how long none of ours was there, in all
+        self._ends: deque[float] = deque(maxlen=PACE_OVER)  # of the last requests, idle time left out
         self.work = Work()
         self.told(info)
 
@@ -68,8 +85,26 @@ class Replica:
         if info.limits is not None:
             self.work.of_size(info.limits.slots, info.limits.context)
 
+    @property
+    def slots(self) -> int:
+        limits = self.info.limits
+        return limits.slots if limits is not None and limits.slots else SLOTS
+
+    @property
+    def beyond_slots(self) -> int:
+        """Requests that wait in the node's queue; negative: places that are free."""
+        return self.inflight + self.others - self.slots
+
+    def pace(self, now: float) -> float | None:
+        """How many requests a second end there while it is at work; None where too few have ended to tell."""
+        if len(self._ends) < 2:
+            return None
+        return len(self._ends) / max(now - self._idle_s - self._ends[0], 0.001)
+
     def begin(self, now: float) -> None:
         """HOT. A request goes there."""
+        if not self.inflight:
+            self._idle_s += now - self.last_used
         self.inflight += 1
         self.requests += 1
         self.last_used = now
@@ -78,6 +113,7 @@ class Replica:
         """HOT. It is over: a long stream was no idle time."""
         self.inflight -= 1
         self.last_used = now
+        self._ends.append(now - self._idle_s)
         if not self.inflight and self.node.on_idle is not None:
             self.node.on_idle()
 
@@ -169,15 +205,34 @@ class Fleet:
         return self._names.profiles
 
     def resolve(self, name: str) -> str:
-        """HOT. The id that a request's `model` means. Raises ModelNotFound with the nearest names, and NoNode where
-        no node is alive that could say whether it knows the name."""
-        model_id = self._names.aliases.get(name, name)
-        if model_id in self._where or model_id in self._names.profiles:
-            return model_id
-        owner = self._renamed.get(model_id) or self._names.of_reference(model_id)
-        if owner is not None:
-            return owner
-        raise self._unknown(name, model_id)
+        """The id that a name means; what an alias for several models means first. Raises as `candidates`."""
+        return self.candidates(name)[0]
+
+    def candidates(self, name: str) -> tuple[str, ...]:
+        """The ids that a request's `model` may be served by, the preferred first; more than one only for an alias that
+        lists several. Raises ModelNotFound with the nearest names, and NoNode where no node is alive that could say
+        whether it knows the name.
+
+        1. An alias. 2. A model by its own name. 3. A pattern, for names that mean nothing else. What nobody knows of
+        several is left out.
+        """
+        aliases = self._names.aliases
+        targets = aliases.exact.get(name)
+        if targets is None:
+            model_id = self._known(name)
+            if model_id is not None:
+                return (model_id,)
+            targets = aliases.match(name) or (name,)
+        found = tuple(dict.fromkeys(known for target in targets if (known := self._known(target)) is not None))
+        if not found:
+            raise self._unknown(name, targets)
+        return found
+
+    def _known(self, name: str) -> str | None:
+        """The id of a model that the catalogue or a node calls so."""
+        if name in self._where or name in self._names.profiles:
+            return name
+        return self._renamed.get(name) or self._names.of_reference(name)
 
     def replicas(self, model_id: str) -> list[Replica]:
         """HOT. The live list: loaded, on nodes that are up or suspect; the same object until nobody knows the model.
@@ -222,7 +277,7 @@ class Fleet:
                 model_id,
                 [node.holding(model_id) for node in self._where.get(model_id, {}).values()],
                 profile=self.profiles.get(model_id),
-                aliases=self._names.aliases_of(model_id),
+                aliases=self._names.aliases.leading_to(model_id),
                 created=self._created,
             )
         return made
@@ -454,18 +509,19 @@ class Fleet:
             for call in self.on_change:
                 call(model_id)
 
-    def _unknown(self, name: str, model_id: str) -> ModelNotFound | NoNode:
+    def _unknown(self, name: str, targets: Sequence[str]) -> ModelNotFound | NoNode:
         shown = name[:NAME_SHOWN]
         if not self.is_alive:
             return NoNode(
                 f"no node is alive, and the catalogue does not name a model {shown!r}: "
                 f"{self.why_no_node()} Check the nodes, or the name."
             )
-        if model_id != name:
+        if targets[0] != name:
+            what = " or ".join(map(repr, targets))
             return ModelNotFound(
-                f"{shown!r} is an alias of {model_id!r}, which no node and no catalogue knows", param="model"
+                f"{shown!r} is an alias of {what}, which no node and no catalogue knows", param="model"
             )
-        known = [*self._names.aliases, *self.profiles, *(self._where.keys() - self.profiles.keys())]
+        known = [*self._names.aliases.exact, *self.profiles, *(self._where.keys() - self.profiles.keys())]
         close = closest(shown, known)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "GET /v1/models lists what there is."
         return ModelNotFound(f"no model is called {shown!r}; {hint}", param="model")

@@ -17,7 +17,7 @@ from helexa.core.errors import HelexaError, ModelNotServable
 from helexa.core.lifecycle import ModelStatus
 from helexa.cortex.decisions import UPKEEP, Decisions, What
 from helexa.cortex.eviction import expired
-from helexa.cortex.fleet import Fleet, Node, Replica
+from helexa.cortex.fleet import Fleet, Node
 from helexa.cortex.orders import Orders, status_on
 from helexa.cortex.placer import Placer
 from helexa.cortex.standing import UNDER_WAY
@@ -33,7 +33,6 @@ COPY_DISPLACES_AT: Final = (
 )
 COPY_IDLE_S: Final = 60.0  # a copy of ours that nobody asked for so long is given up
 AGAIN_S: Final = 30.0  # after a copy, a preload, an unload or a defragmentation that failed
-SLOTS: Final = 4  # of a model whose node does not tell
 
 
 class Keeper:
@@ -166,7 +165,7 @@ class Keeper:
         queued: Counter[str] = Counter()
         for node in self._fleet.nodes.values():
             for model_id, replica in node.replicas.items():
-                beyond = replica.inflight + replica.others - _slots(replica)
+                beyond = replica.beyond_slots
                 if beyond > 0:
                     queued[model_id] += beyond
         return queued
@@ -220,8 +219,3 @@ class Keeper:
         cycles, self._cycles[node.name] = self._cycles[node.name], 0
         self._decisions.note("defrag", f"{cycles} loads since the last time", UPKEEP, node=node.name)
         log.info("a node has defragmented", node=node.name, after_loads=cycles, **said)
-
-
-def _slots(replica: Replica) -> int:
-    limits = replica.info.limits
-    return limits.slots if limits is not None and limits.slots else SLOTS

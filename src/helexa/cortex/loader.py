@@ -30,6 +30,7 @@ from helexa.core.lifecycle import ModelStatus
 from helexa.cortex import foresight, keeper, load_failures, swapper
 from helexa.cortex.decisions import OPERATOR, UPKEEP, By, Decisions, What, Whom, weighed
 from helexa.cortex.eviction import POLICIES
+from helexa.cortex.fallbacks import Outlook
 from helexa.cortex.fleet import Fleet, Node
 from helexa.cortex.foresight import Foreseen
 from helexa.cortex.keeper import Keeper
@@ -153,6 +154,18 @@ class Loader:
         """How a load stands, for heartbeats: b"loading qwen on beast: 43 %". None where nobody waits for one."""
         pursuit = self._state.wanted.get(model_id)
         return self._standing(model_id).heartbeat() if pursuit is not None and pursuit.waiters else None
+
+    def outlook(self, model_id: str) -> Outlook:
+        """Of a model that is loaded nowhere: when it could be, by what is known of its loads; failing where each node
+        that may hold it is left alone for what it did lately."""
+        now = asyncio.get_running_loop().time()
+        left_alone = {r.failure.node for r in self._state.resting(model_id, now) if r.failure.kind is not Kind.BUSY}
+        nodes = [node for node, _ in self._fleet.holders(model_id) if node.name not in left_alone]
+        standing, spec = self._standing(model_id), self.survey.spec(model_id)
+        if standing.node is not None:
+            return Outlook(standing.eta_s)
+        known = [self.survey.needs.load_s(spec, make_of(node), node.name) for node in nodes]
+        return Outlook(min((s for s in known if s is not None), default=None), is_failing=not nodes)
 
     # for operators
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 from heapq import nlargest
 from typing import Final
 
+from helexa.core.aliases import Aliases
 from helexa.core.catalogue import Catalogue, ModelProfile
 from helexa.core.errors import nearest
 from helexa.core.lifecycle import ModelInfo
@@ -23,19 +24,13 @@ class Names:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self.profiles: dict[str, ModelProfile] = {m.id: m for m in catalogue.models}
-        self.aliases: dict[str, str] = dict(catalogue.aliases)
-        self._aliases_of: dict[str, list[str]] = {}
-        for alias, target in catalogue.aliases.items():
-            self._aliases_of.setdefault(target, []).append(alias)
+        self.aliases = Aliases(catalogue.aliases)
         owners: dict[str, set[str]] = {}
         for model in catalogue.models:
             for reference in _references(model):
                 owners.setdefault(reference.lower(), set()).add(model.id)
         # A file that two profiles serve differently is neither's: it keeps the node's own name.
         self._owner = {ref: next(iter(ids)) for ref, ids in owners.items() if len(ids) == 1}
-
-    def aliases_of(self, model_id: str) -> list[str]:
-        return self._aliases_of.get(model_id, [])
 
     def of_reference(self, name: str) -> str | None:
         """The catalogue's id for what a node would call `name`; None where no profile, or more than one, names it."""

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
+from helexa.core.aliases import ANY
 from helexa.cortex.client import DEFAULT_URL, Client, CommandFailed, Refused
 
 _LOOK_EVERY_S: Final = 0.3
@@ -62,7 +63,8 @@ def model_names(url: str | None) -> list[str]:
     async def ask() -> list[str]:
         async with Client(url or DEFAULT_URL) as gateway:
             listed = await gateway.get("/v1/models", timeout_s=_COMPLETION_S)
-        return [name for entry in listed["data"] for name in (entry["id"], *entry.get("aliases", ()))]
+        names = (name for entry in listed["data"] for name in (entry["id"], *entry.get("aliases", ())))
+        return list(dict.fromkeys(name for name in names if ANY not in name))
 
     try:
         return asyncio.run(ask())

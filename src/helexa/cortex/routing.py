@@ -94,8 +94,7 @@ class Routed:
         if choice is None or choice.replica is not replica:
             return None
         if self._reason:
-            others = exchange.headers_back.split(b"x-helexa-route:", 1)[0]  # that of an attempt that failed goes
-            exchange.headers_back = others + self._reason
+            exchange.headers_back += self._reason  # which are made anew for each attempt
         routing = self._routing
         routing.counted(self._model_id, choice.by)
         return self._model.sent(choice, exchange, routing.clock(), is_told=exchange.stream)

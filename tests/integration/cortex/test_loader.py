@@ -23,6 +23,7 @@ from helexa.core.errors import (
     Overloaded,
     ShuttingDown,
 )
+from helexa.cortex.fallbacks import Outlook
 from helexa.cortex.loader import LoadRecord
 
 
@@ -371,6 +372,24 @@ def test_the_estimate_comes_from_the_last_load_there_and_is_absent_before() -> N
             with pytest.raises(ModelLoading) as caught:
                 await gate.loader.ensure("qwen", 2, deadline=loop.time() + 0.2)
             assert 0.5 < caught.value.details["loading"]["eta_seconds"] < 5
+
+    run(main())
+
+
+def test_the_outlook_of_a_model_is_what_its_loads_took_and_failing_where_every_node_is_left_alone() -> None:
+    async def main() -> None:
+        a = FakeNeuron()
+        async with gateway(a=a) as gate:
+            assert gate.loader.outlook("qwen") == Outlook(None)
+            await gate.loader.ensure("qwen", 1)
+            await gate.loader.unload("qwen")
+            took_s = gate.loader.outlook("qwen").wait_s
+            assert took_s is not None
+            assert 0 < took_s < 5
+            a.load_failure = "the file is cut short"
+            with pytest.raises(LoadFailed):
+                await gate.loader.ensure("qwen", 2)
+            assert gate.loader.outlook("qwen").is_failing
 
     run(main())
 

@@ -203,6 +203,25 @@ def test_a_known_model_is_loaded_and_then_served_with_heartbeats_meanwhile(tmp_p
     run(scenario())
 
 
+def test_an_alias_goes_to_the_next_of_its_models_where_the_first_cannot_be_had(tmp_path: Path) -> None:
+    node = ServingNeuron()
+    node.put("tiny", "loaded", tell=False, capabilities=["chat"])
+    node.load_failure = "the file is cut short at byte 4711"
+
+    async def scenario() -> None:
+        aliases = '[aliases]\nsmart = ["m", "tiny"]\n"claude-*" = "smart"\n'
+        async with fleet(tmp_path, node, models='[[models]]\nid = "m"\n' + aliases, status="unloaded") as gateway:
+            for path, name in (("/v1/chat/completions", "smart"), ("/v1/messages", "claude-opus-4")):
+                answer = await gateway.post(path, asking(name, max_tokens=9))
+                assert (answer.status, answer.headers["x-helexa-model"]) == (200, "tiny")
+            assert len(node.loads) == 1  # the second request did not wait for what had just failed
+            assert [seen.headers["x-helexa-model"] for seen in node.seen] == ["tiny", "tiny"]
+            listed = (await gateway.get("/v1/models/claude-x")).json()
+            assert (listed["id"], listed["aliases"]) == ("m", ["claude-*", "smart"])
+
+    run(scenario())
+
+
 def test_a_failed_load_is_told_with_the_nodes_reason(tmp_path: Path) -> None:
     node = ServingNeuron()
     node.load_failure = "the file is cut short at byte 4711"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from helexa.core.catalogue import Catalogue, ModelProfile
+from helexa.core.catalogue import ModelProfile
 from helexa.core.lifecycle import NEXT, LoadRequest, ModelStatus
 
 
@@ -35,11 +35,3 @@ def test_the_hash_does_not_depend_on_the_order_of_keys_or_on_the_spelling_of_mod
 def test_a_load_request_bears_the_whole_profile_and_none_of_the_gateways_wishes() -> None:
     profile = ModelProfile(id="a", quant="Q4_K_M", context=4096, pinned_on=["beast"], preload=True)
     assert msgspec.to_builtins(profile.load_request()) == {"model_id": "a", "quant": "Q4_K_M", "context": 4096}
-
-
-def test_an_alias_resolves_and_any_other_name_stays_as_it_is() -> None:
-    catalogue = Catalogue(models=[ModelProfile(id="a")], aliases={"small": "a"})
-    assert catalogue.resolve("small") == "a"
-    assert catalogue.resolve("b") == "b"
-    assert catalogue.aliases_of("a") == ["small"]
-    assert catalogue.profile("b") is None

@@ -271,6 +271,16 @@ def test_an_unknown_name_is_told_the_nearest_ones_and_never_goes_to_the_hub() ->
         view.resolve("mistralai/Mistral-7B")
 
 
+def test_an_alias_for_several_means_those_that_are_known_and_a_pattern_only_what_means_nothing_else() -> None:
+    view = fleet("beast", models=[QWEN], aliases={"smart": ["gone", QWEN.id, "phi"], "*": "smart"})
+    answers(view, "beast", info("phi", "unloaded"))
+    assert view.candidates("smart") == view.candidates("gpt-4") == (QWEN.id, "phi")
+    assert view.candidates("phi") == ("phi",)
+    assert view.resolve("smart") == QWEN.id
+    assert [entry["id"] for entry in view.entries()] == [QWEN.id, "phi"]
+    assert view.entry("phi")["aliases"] == ["*", "smart"]
+
+
 def test_an_alias_that_leads_nowhere_says_where_it_leads() -> None:
     view = fleet("beast", aliases={"smart": "gone/model"})
     answers(view, "beast")

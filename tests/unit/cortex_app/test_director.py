@@ -19,8 +19,10 @@ from tests.helpers.fleets import answers, fleet, info
 
 from helexa.core.catalogue import ModelProfile
 from helexa.core.errors import (
+    BadRequest,
     Dialect,
     HelexaError,
+    LoadFailed,
     ModelLoading,
     ModelNotFound,
     ModelNotServable,
@@ -32,6 +34,7 @@ from helexa.core.errors import (
 from helexa.core.relay.contract import Endpoint, Exchange, Route, Usage
 from helexa.core.request_log import RequestLog
 from helexa.cortex.director import CortexDirector, NodeRoute
+from helexa.cortex.fallbacks import Outlook
 from helexa.cortex.fleet import Fleet
 from helexa.cortex.metrics import Metrics
 
@@ -45,11 +48,16 @@ class ScriptedLoader:
 
     def __init__(self, then: Callable[[], object] = lambda: None) -> None:
         self.asked: list[object] = []
+        self.models: list[str] = []
+        self.deadlines: list[float] = []
+        self.outlooks: dict[str, Outlook] = {}
         self._news = asyncio.Event()
         self._then = then
 
     async def ensure(self, model_id: str, exchange_id: object, deadline: float, *, request_id: str) -> None:
         self.asked.append(exchange_id)
+        self.models.append(model_id)
+        self.deadlines.append(deadline)
         self._news.set()
         outcome = self._then()
         if inspect.isawaitable(outcome):
@@ -62,6 +70,9 @@ class ScriptedLoader:
 
     def progress(self, model_id: str) -> bytes | None:
         return f"loading {model_id}".encode()
+
+    def outlook(self, model_id: str) -> Outlook:
+        return self.outlooks.get(model_id, Outlook(None))
 
 
 class Bench:
@@ -285,15 +296,15 @@ def test_who_asks_why_gets_the_reason_for_the_replica_that_answered() -> None:
     head = b"POST / HTTP/1.1\r\nhost: x\r\nX-Helexa-Explain: 1\r\n\r\n"
     request = exchange(head=head, body=said("a", "b"))
     first = bench.sent(request)
-    assert request.headers_back.startswith(f"x-helexa-route: {first.upstream.name} by new: ".encode())
+    assert f"\r\nx-helexa-route: {first.upstream.name} by new: ".encode() in request.headers_back
     bench.fail(request, first, UpstreamError("cannot be reached"))
     second = bench.sent(request)
-    assert request.headers_back.startswith(f"x-helexa-route: {second.upstream.name} by ".encode())
+    assert f"\r\nx-helexa-route: {second.upstream.name} by ".encode() in request.headers_back
     assert request.headers_back.count(b"x-helexa-route:") == 1
     assert request.headers_back.endswith(b"\r\n")
     quiet = exchange(body=said("a", "b"))
     bench.sent(quiet)
-    assert quiet.headers_back == b""
+    assert b"x-helexa-route" not in quiet.headers_back
 
 
 def test_the_prefill_rate_is_measured_and_shown() -> None:
@@ -355,6 +366,121 @@ def test_progress_is_the_loaders() -> None:
     bench, request = Bench(two_nodes()), exchange()
     bench.sent(request)
     assert bench.director.progress(request) == b"loading Qwen/Qwen3-8B"
+
+
+# aliases for several models
+
+
+def smart(big: str = "unloaded", small: str = "loaded", **fields: Any) -> Fleet:
+    """ "smart" is big on beast, else small on benjy."""
+    view = fleet("beast", "benjy", models=[ModelProfile(id="big"), ModelProfile(id="small")], aliases=SMART)
+    answers(view, "beast", info("big", big, **fields))
+    answers(view, "benjy", info("small", small))
+    return view
+
+
+SMART = {"smart": ["big", "small"], "claude-*": "smart"}
+
+
+def refusing(error: HelexaError, then: Callable[[], object] = lambda: None) -> Callable[[], object]:
+    """Refuses the first that asks, and lets the others have what `then` brings."""
+    errors = [error]
+
+    def answer() -> object:
+        if errors:
+            raise errors.pop()
+        return then()
+
+    return answer
+
+
+@pytest.mark.parametrize("name", ["smart", "claude-opus-4"])
+def test_the_preferred_model_serves_where_it_is_loaded(name: str) -> None:
+    bench, request = Bench(smart("loaded")), exchange(name)
+    assert bench.sent(request).replica.model_id == "big"
+    assert request.headers_back == b"x-helexa-model: big\r\n"
+
+
+@pytest.mark.parametrize(("load_s", "goes"), [(None, "big"), (29.0, "big"), (31.0, "small")])
+def test_the_preferred_model_is_loaded_where_that_is_done_in_time(load_s: float | None, goes: str) -> None:
+    view = smart()
+    bench = Bench(view, then=lambda: answers(view, "beast", info("big")))
+    bench.loader.outlooks["big"] = Outlook(load_s)
+    request = exchange("smart", head=b"POST / HTTP/1.1\r\nx-helexa-wait: 30\r\n\r\n")
+    if goes == "small":
+        assert bench.sent(request).replica.model_id == "small"
+        return
+    assert run(awaited(bench.director.route(request))).upstream.name == "beast"
+    assert (bench.loader.models, bench.loader.deadlines) == (["big"], [1030.0])
+
+
+def test_a_model_that_fails_on_every_node_is_passed_over() -> None:
+    bench = Bench(smart())
+    bench.loader.outlooks["big"] = Outlook(None, is_failing=True)
+    assert bench.sent(exchange("smart")).replica.model_id == "small"
+
+
+def test_a_load_that_fails_leaves_the_request_to_the_next_model_and_later_ones_do_not_wait_for_it() -> None:
+    bench, request = Bench(smart(), then=refusing(LoadFailed("no such file", retry_after_s=10))), exchange("smart")
+    route = run(awaited(bench.director.route(request)))
+    assert (route.upstream.name, request.headers_back) == ("benjy", b"x-helexa-model: small\r\n")
+    assert bench.sent(exchange("smart")).upstream.name == "benjy"
+    assert bench.loader.models == ["big"]
+
+
+def test_once_its_time_is_over_a_request_still_goes_to_a_model_that_is_loaded() -> None:
+    bench = Bench(smart())
+
+    def too_late() -> object:
+        bench.now += 600
+        raise ModelLoading("still loading")
+
+    bench.loader._then = too_late
+    assert run(awaited(bench.director.route(exchange("smart")))).upstream.name == "benjy"
+
+
+def test_where_none_can_serve_it_each_reason_is_told() -> None:
+    view = smart(small="unloaded")
+
+    def refuse() -> object:
+        raise LoadFailed(f"{bench.loader.models[-1]} is cut short")
+
+    bench = Bench(view, then=refuse)
+    with pytest.raises(LoadFailed) as caught:
+        run(awaited(bench.director.route(exchange("smart"))))
+    assert caught.value.message == "small is cut short; before that: big is cut short"
+
+
+def test_a_node_that_dies_leaves_the_request_to_the_next_model() -> None:
+    bench, request = Bench(smart("loaded")), exchange("smart")
+    bench.fail(request, bench.sent(request), UpstreamError("cannot be reached"))
+    assert bench.sent(request).replica.model_id == "small"
+
+
+def test_a_node_that_is_full_leaves_the_request_to_the_next_model_on_the_same_node() -> None:
+    view = fleet("beast", models=[ModelProfile(id="big"), ModelProfile(id="small")], aliases=SMART)
+    answers(view, "beast", info("big"), info("small"))
+    bench, request = Bench(view), exchange("smart")
+    first = bench.sent(request)
+    error = bench.refuse(request, first, 503, code="overloaded")
+    assert error is not None
+    bench.fail(request, first, error)
+    assert bench.sent(request).replica.model_id == "small"
+
+
+def test_a_model_of_another_task_is_passed_over_and_told_where_there_is_no_other() -> None:
+    bench = Bench(smart("loaded", task="embed", capabilities=["embed"]))
+    assert bench.sent(exchange("smart")).replica.model_id == "small"
+    with pytest.raises(WrongTask):
+        bench.director.route(exchange("big"))
+
+
+@pytest.mark.parametrize("told", [b"soon", b"-1", b"nan", b"inf"])
+def test_a_wait_that_is_none_is_refused(told: bytes) -> None:
+    bench = Bench(two_nodes(status="unloaded"))
+    request = exchange(head=b"POST / HTTP/1.1\r\nX-Helexa-Wait: " + told + b"\r\n\r\n")
+    with pytest.raises(BadRequest, match="seconds"):
+        run(awaited(bench.director.route(request)))
 
 
 # failures

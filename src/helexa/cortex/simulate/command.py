@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from helexa.core.aliases import Aliases
 from helexa.core.catalogue import Catalogue
 from helexa.core.config import CortexSettings
 from helexa.cortex.client import CommandFailed
@@ -104,7 +105,10 @@ def _requests(load: Load, catalogue: Catalogue, models: Sequence[Model]) -> list
     except (OSError, trace.BadTrace) as err:
         raise CommandFailed(str(err), 2) from err
     known = {m.id for m in models}
-    resolved = [Request(r.t, catalogue.resolve(r.model), r.prompt_tokens, r.output_tokens, r.prefix) for r in requests]
+    aliases = Aliases(catalogue.aliases)
+    resolved = [
+        Request(r.t, aliases.first(r.model, known), r.prompt_tokens, r.output_tokens, r.prefix) for r in requests
+    ]
     strangers = sorted({r.model for r in resolved} - known)
     if strangers:
         shown = ", ".join(strangers[:5]) + (" ..." if len(strangers) > 5 else "")
