@@ -152,6 +152,8 @@ def _routing() -> dict[str, list[tuple[float, float]]]:
         name = f"m{count}"
         live, rng, model = fleet.replicas(name), Random(1), ModelRouter()
         assert len(live) == count
+        for replica in live:
+            replica.work.timed({"prompt_n": 8_000, "prompt_ms": 1_000})
         for at in range(30 * count):
             _one(model, live, prefixes.read(_body(at, rng.randrange(1, 20)), name), rng, done=at % 10 != 0)
         asked = prefixes.read(_body(7, 21), name)

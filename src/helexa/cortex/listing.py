@@ -144,7 +144,7 @@ def _models_view(node: Node) -> Iterator[dict[str, Any]]:
     for model_id, info in node.models.items():
         replica = node.replicas.get(model_id)
         shown = {**msgspec.to_builtins(info), "id": model_id, "inflight": replica.inflight if replica else 0}
-        if replica is not None and (rate := replica.work.measured_rate) is not None:
+        if replica is not None and (rate := replica.work.rate) is not None:
             shown["prefill_tokens_per_s"] = round(rate, 1)
         yield shown
 

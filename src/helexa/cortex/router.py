@@ -18,7 +18,7 @@ from random import Random
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from helexa.cortex.prefixes import Prefixes, Prompt
-from helexa.cortex.work import Asked, Ticket
+from helexa.cortex.work import PREFILL, Asked, Ticket
 
 if TYPE_CHECKING:
     from helexa.cortex.fleet import Replica
@@ -108,6 +108,12 @@ class Weighed:
         return ", ".join(parts)
 
 
+def _fastest(replicas: Iterable[Replica]) -> float:
+    """What a replica is taken to compute that has not shown it yet: as much as the best does. One that is thought slow
+    would never be asked, and never known; one that is thought fast is known after a request."""
+    return max([replica.work.rate or 0.0 for replica in replicas], default=0.0) or PREFILL
+
+
 class ModelRouter:
     """One model's prompts over its replicas: who holds which prefix, and what a token of it weighs."""
 
@@ -162,6 +168,7 @@ class ModelRouter:
         weight, of_token = prompt.weight, self.weight_of_token
         up: list[tuple[float, int, Replica]] = []
         suspect: list[tuple[float, int, Replica]] = []
+        guess = 0.0
         for replica in replicas:
             node = replica.node
             if tried and node.name in tried:
@@ -170,8 +177,17 @@ class ModelRouter:
             missing = weight
             if replica in held:
                 missing -= held[replica] * work.trust
+            rate = work.rate
+            if rate is None:
+                if not guess:
+                    guess = _fastest(replicas)
+                rate = guess
+            expected = missing / of_token / rate
+            if work.pending:
+                expected += work.ahead_s(now, rate)
             inflight = replica.inflight
-            expected = work.expected_s(missing / of_token, inflight + replica.others, now)
+            if work.slots is not None and inflight + replica.others >= work.slots:
+                expected += work.slot_s(inflight + replica.others)
             (up if node.state == "up" else suspect).append((expected, inflight, replica))
         able = up or suspect
         if not able:
@@ -199,14 +215,15 @@ class ModelRouter:
             cached = held.get(replica, 0.0) * work.trust / self.weight_of_token
             tokens = prompt.weight / self.weight_of_token
             inflight = replica.inflight + replica.others
-            parts = (work.ahead_s(now), (tokens - cached) / work.rate, work.slot_s(inflight))
+            rate = work.rate or _fastest(replicas)
+            parts = (work.ahead_s(now, rate), (tokens - cached) / rate, work.slot_s(inflight))
             found.append(
                 Weighed(
                     node=replica.node.name,
                     state=replica.node.state,
                     tokens=tokens,
                     cached=cached,
-                    prefill_rate=work.rate,
+                    prefill_rate=rate,
                     inflight=inflight,
                     ahead_s=parts[0],
                     prefill_s=parts[1],

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 if TYPE_CHECKING:
     from helexa.cortex.prefixes import Prompt
 
-# Until a replica has shown its own. Too high rather than too low: one that is thought fast is asked, and then known.
-PREFILL: Final = 1000.0  # tokens a second
+PREFILL: Final = 1000.0  # tokens a second, until any replica has shown its own
 REQUEST_S: Final = 5.0
 KEPT_TOKENS: Final = 2**18  # of prompts, by a replica that tells nothing of its size
 
@@ -64,27 +63,28 @@ class Ticket:
 
 
 class Work:
-    """rate: of prompts, tokens a second. request_s: what a request takes there. slots: requests that run at once, where
-    known. kept_tokens: of prompts, how much it can keep. trust: how much of what it was believed to have kept it had.
+    """What is known of one replica.
+
+    rate:        of prompts, tokens a second; None until it was measured
+    pending:     prompts that have not shown their first token; ahead_s is worth asking where there are any
+    request_s:   what a request takes there
+    slots:       requests that run at once, where known
+    kept_tokens: of prompts, how much it can keep
+    trust:       how much of what it was believed to have kept it had
     """
 
-    __slots__ = ("_ahead", "_free_at", "_measured", "_pending", "kept_tokens", "rate", "request_s", "slots", "trust")
+    __slots__ = ("_ahead", "_free_at", "_measured", "kept_tokens", "pending", "rate", "request_s", "slots", "trust")
 
     def __init__(self) -> None:
-        self.rate = PREFILL
+        self.rate: float | None = None
         self.request_s = REQUEST_S
         self.slots: int | None = None
         self.kept_tokens: float = KEPT_TOKENS
         self.trust = 1.0
         self._measured = (0.0, 0.0)  # tokens, and the seconds that they took
-        self._pending: deque[Ticket] = deque()
+        self.pending: deque[Ticket] = deque()
         self._ahead = 0.0  # tokens of all pending
         self._free_at = 0.0  # when the prompt before the first pending one was done
-
-    @property
-    def measured_rate(self) -> float | None:
-        """None while nothing was measured."""
-        return self.rate if self._measured[0] else None
 
     def of_size(self, slots: int | None, context: int | None) -> None:
         """As the replica's node describes it."""
@@ -93,28 +93,19 @@ class Work:
 
     # asking
 
-    def expected_s(self, tokens: float, inflight: int, now: float) -> float:
-        """HOT. Until the first token of a further request with so many tokens to compute."""
-        expected = tokens / self.rate
-        if self._pending:
-            expected += self.ahead_s(now)
-        if self.slots is not None and inflight >= self.slots:
-            expected += self.slot_s(inflight)
-        return expected
-
-    def ahead_s(self, now: float) -> float:
-        """Until the prompts that it has are computed. It is taken to compute one after the other, in turn."""
-        pending = self._pending
+    def ahead_s(self, now: float, rate: float) -> float:
+        """HOT. Until the prompts that it has are computed, at this rate: one after the other, in turn."""
+        pending = self.pending
         while pending:
             first = pending[0]
             began = first.sent_at if first.sent_at > self._free_at else self._free_at
             done_at = first.asked.t_first_token
             if not done_at:
                 if not first.is_over:
-                    should_take = first.tokens / self.rate
+                    should_take = first.tokens / rate
                     spent = now - began
                     if first.is_told or spent < should_take:
-                        left = self._ahead / self.rate - (spent if spent < should_take else should_take)
+                        left = self._ahead / rate - (spent if spent < should_take else should_take)
                         return left if left > 0.0 else 0.0
                     done_at = began + should_take
                 else:
@@ -135,7 +126,7 @@ class Work:
 
     def add(self, ticket: Ticket) -> None:
         """A prompt was sent there."""
-        self._pending.append(ticket)
+        self.pending.append(ticket)
         self._ahead += ticket.tokens
 
     def ended(self, ticket: Ticket, now: float) -> None:
@@ -164,5 +155,5 @@ class Work:
     def reset(self) -> None:
         """Another process serves from here on: nothing of the old one's holds but how fast the node is."""
         self.trust = 1.0
-        self._pending.clear()
+        self.pending.clear()
         self._ahead = 0.0

@@ -160,6 +160,18 @@ def test_a_faster_node_is_worth_a_longer_queue() -> None:
     assert choice.replica is live[1]
 
 
+def test_a_replica_that_has_shown_nothing_yet_is_taken_to_be_as_fast_as_the_best() -> None:
+    model, live = ModelRouter(), replicas([(1, "up"), (0, "up"), (1, "up")])
+    live[0].work.timed({"prompt_n": 9000, "prompt_ms": 100})
+    live[2].work.timed({"prompt_n": 1000, "prompt_ms": 1000})
+    assert picked(model, live, asked(1)).replica is live[1]
+    assert {w.node: w.prefill_rate for w in model.weigh(live, (), asked(1), 0.0)} == {
+        "n0": 90_000,
+        "n1": 90_000,
+        "n2": 1000,
+    }
+
+
 def test_a_replica_with_a_free_slot_comes_before_one_that_has_the_prefix_and_none() -> None:
     model, live = ModelRouter(), replicas([(0, "up")] * 2)
     for replica in live:

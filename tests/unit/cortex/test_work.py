@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helexa.cortex.prefixes import Prompt
-from helexa.cortex.work import PREFILL, Ticket, Work
+from helexa.cortex.work import Ticket, Work
 
 RATE = 100.0
 
@@ -39,8 +39,8 @@ def test_prompts_ahead_take_what_is_left_of_the_first_and_all_of_the_others() ->
     work = at_rate()
     send(work, 400, now=10.0)
     send(work, 100, now=11.0)
-    assert work.ahead_s(10.0) == pytest.approx(5.0)
-    assert work.ahead_s(12.0) == pytest.approx(3.0)
+    assert work.ahead_s(10.0, RATE) == pytest.approx(5.0)
+    assert work.ahead_s(12.0, RATE) == pytest.approx(3.0)
 
 
 def test_a_first_token_ends_a_prompt_and_the_next_one_began_then() -> None:
@@ -48,22 +48,22 @@ def test_a_first_token_ends_a_prompt_and_the_next_one_began_then() -> None:
     slow = send(work, 400, now=10.0)
     send(work, 100, now=10.0)
     first_token(slow, 20.0)
-    assert work.ahead_s(20.5) == pytest.approx(0.5)
+    assert work.ahead_s(20.5, RATE) == pytest.approx(0.5)
 
 
 def test_a_prompt_that_takes_longer_than_it_should_holds_back_the_others_all_the_same() -> None:
     work = at_rate()
     send(work, 100, now=0.0)
     send(work, 300, now=0.0)
-    assert work.ahead_s(60.0) == pytest.approx(3.0)
+    assert work.ahead_s(60.0, RATE) == pytest.approx(3.0)
 
 
 def test_a_request_that_will_not_show_its_first_token_is_taken_to_be_computed_in_its_time() -> None:
     work = at_rate()
     send(work, 100, now=0.0, is_told=False)
     send(work, 300, now=0.0, is_told=False)
-    assert work.ahead_s(2.0) == pytest.approx(2.0)
-    assert work.ahead_s(9.0) == 0.0
+    assert work.ahead_s(2.0, RATE) == pytest.approx(2.0)
+    assert work.ahead_s(9.0, RATE) == 0.0
 
 
 def test_a_request_that_ended_early_holds_nobody_back() -> None:
@@ -71,7 +71,7 @@ def test_a_request_that_ended_early_holds_nobody_back() -> None:
     gone = send(work, 400, now=0.0)
     send(work, 100, now=0.0)
     work.ended(gone, 1.0)
-    assert work.ahead_s(1.0) == pytest.approx(0.0)
+    assert work.ahead_s(1.0, RATE) == pytest.approx(0.0)
 
 
 @given(
@@ -86,17 +86,16 @@ def test_what_is_ahead_is_never_negative_and_never_more_than_all_of_it(
     tickets = [send(work, size, now=0.0) for size in sizes]
     for ticket, done_at in zip(tickets[::2], times, strict=False):
         first_token(ticket, min(done_at, now))
-    assert 0.0 <= work.ahead_s(now) <= sum(sizes) / RATE * (1 + 1e-9)
+    assert 0.0 <= work.ahead_s(now, RATE) <= sum(sizes) / RATE * (1 + 1e-9)
     for ticket in tickets:
         work.ended(ticket, now)
-    assert work.ahead_s(now) == 0.0
+    assert work.ahead_s(now, RATE) == 0.0
 
 
 def test_where_all_slots_are_taken_one_has_to_become_free() -> None:
     work = at_rate()
     work.of_size(slots=4, context=1000)
     assert [work.slot_s(n) for n in (3, 4, 5)] == [0.0, pytest.approx(5.0 / 4), pytest.approx(10.0 / 4)]
-    assert work.expected_s(200, 4, 0.0) == pytest.approx(2.0 + 5.0 / 4)
 
 
 def test_a_replica_of_unknown_slots_is_never_full() -> None:
@@ -105,10 +104,10 @@ def test_a_replica_of_unknown_slots_is_never_full() -> None:
 
 def test_the_rate_is_the_engines_own_and_long_prompts_weigh_more() -> None:
     work = Work()
-    assert (work.rate, work.measured_rate) == (PREFILL, None)
+    assert work.rate is None
     work.timed({"prompt_n": 9000, "prompt_ms": 9000.0})
     work.timed({"prompt_n": 100, "prompt_ms": 1000.0})
-    assert work.measured_rate == pytest.approx((0.9 * 9000 + 100) / (0.9 * 9 + 1))
+    assert work.rate == pytest.approx((0.9 * 9000 + 100) / (0.9 * 9 + 1))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,7 @@ def test_the_rate_is_the_engines_own_and_long_prompts_weigh_more() -> None:
 def test_timings_that_say_nothing_of_the_rate_leave_it(timings: dict[str, object]) -> None:
     work = Work()
     work.timed(timings)
-    assert work.measured_rate is None
+    assert work.rate is None
 
 
 def test_an_engine_that_keeps_nothing_is_trusted_less_and_never_not_at_all() -> None:
@@ -134,4 +133,4 @@ def test_another_process_begins_without_work_and_is_as_fast() -> None:
     work = at_rate()
     send(work, 400, now=0.0)
     work.reset()
-    assert (work.ahead_s(0.0), work.rate) == (0.0, pytest.approx(RATE))
+    assert (work.ahead_s(0.0, RATE), work.rate) == (0.0, pytest.approx(RATE))
