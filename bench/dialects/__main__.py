@@ -4,7 +4,8 @@
 
 Two tables. The translator alone: CPU of one chunk in this process, one event a read. The whole gateway: cortex on core
 0, a node and the load on core 1; a mix of reasoning, text and tool arguments, one delta a read at 5 ms; the same stream
-as it comes and as Anthropic's events, and LiteLLM's proxy for the same where it is installed (bench/gateway does that).
+as it comes, as Anthropic's events and as those of Responses, and LiteLLM's proxy for the same where it is installed
+(bench/gateway does that).
 """
 
 from __future__ import annotations
@@ -20,18 +21,24 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from bench.dialects import node
 from bench.gateway.proxies import PEERS, PROXIES
 from bench.measure import Tree, free_port, machine, running, spread, table, wait_for_port
-from helexa.core.dialects.anthropic_request import translate
-from helexa.core.dialects.anthropic_sinks import EventWriter
-from helexa.core.dialects.anthropic_stream import Answer
+from helexa.core.dialects import anthropic_request, responses_request
+from helexa.core.dialects.anthropic_sinks import EventWriter as MessageEvents
+from helexa.core.dialects.anthropic_stream import Answer as MessageAnswer
+from helexa.core.dialects.responses_document import Document
+from helexa.core.dialects.responses_sinks import EventWriter as ResponseEvents
+from helexa.core.dialects.responses_stream import Answer as ResponseAnswer
+from helexa.core.relay.contract import Mend
 
 GAP_MS = 5
 KEY = f"sk-{secrets.token_hex(32)}"  # LiteLLM starts with a key of its own only; cortex takes any
 CHUNKS = 20_000
 REQUESTS = 200
+KINDS = ("chat", "messages", "responses")
 
 
 def main() -> None:
@@ -42,7 +49,7 @@ def main() -> None:
     given = args.parse_args()
     print(f"{machine()}\n{given.rounds} rounds; median (least to greatest)\n")
     print("The translator alone, CPU\n")
-    table(["what", "µs"], alone(given.rounds))
+    table(["what", "messages, µs", "responses, µs"], alone(given.rounds))
     print(f"\nThe whole gateway: {given.streams} streams of {node.DELTAS} deltas, {GAP_MS} ms apart\n")
     names = ["cortex"] if given.skip_litellm or not (PEERS / "done").exists() else ["cortex", "litellm"]
     through(names, given.rounds, given.streams)
@@ -55,11 +62,14 @@ def alone(rounds: int) -> list[list[str]]:
     kinds = {kind: _unchunked(data).replace(node.TIME.encode(), b" of the words") for kind, data in node.MADE.items()}
     rows = []
     for kind, data in kinds.items():
-        rows.append([f"a chunk of {kind}", spread([_of_a_chunk(data, kind) for _ in range(rounds)], 2)])
-    agent = _agents_request()
-    rows.append(
-        [f"a request of {len(agent) >> 10} kB with 24 tools", spread([_of_a_request(agent) for _ in range(rounds)], 0)]
-    )
+        costs = [
+            spread([_of_a_chunk(answer, data, kind) for _ in range(rounds)], 2) for answer in (_messages, _responses)
+        ]
+        rows.append([f"a chunk of {kind}", *costs])
+    agents = [(_agents_messages(), anthropic_request.translate), (_agents_response(), _translate_response)]
+    size = " and ".join(str(len(body) >> 10) for body, _ in agents)
+    costs = [spread([_of_a_request(how, body) for _ in range(rounds)], 0) for body, how in agents]
+    rows.append([f"a request of {size} kB with 24 tools", *costs])
     return rows
 
 
@@ -67,14 +77,27 @@ def _unchunked(data: bytes) -> bytes:
     return data.partition(b"\r\n")[2][:-2]
 
 
-def _of_a_chunk(data: bytes, kind: str) -> float:
-    answer = Answer(EventWriter(message_id="msg_1", model="stub"), message_id="msg_1", max_tokens=100)
+def _messages() -> Mend:
+    return MessageAnswer(MessageEvents(message_id="msg_1", model="stub"), message_id="msg_1", max_tokens=100)
+
+
+def _responses() -> Mend:
+    document = Document(key="hx1", model="stub", created_at=1, echo=b'"tools":[]', clock=time.time, show_summary=True)
+    return ResponseAnswer(ResponseEvents(document), called={})
+
+
+def _of_a_chunk(begin: Callable[[], Mend], data: bytes, kind: str) -> float:
+    answer = begin()
     answer.feed(_unchunked(node.CALL) if kind == "arguments" else data)
     return _cpu_us(lambda: answer.feed(data), CHUNKS)
 
 
-def _of_a_request(body: bytes) -> float:
+def _of_a_request(translate: Callable[[bytes], object], body: bytes) -> float:
     return _cpu_us(lambda: translate(body), REQUESTS)
+
+
+def _translate_response(body: bytes) -> object:
+    return responses_request.translate(responses_request.read(body), body)
 
 
 def _cpu_us(what: Callable[[], object], times: int) -> float:
@@ -84,16 +107,31 @@ def _cpu_us(what: Callable[[], object], times: int) -> float:
     return (time.process_time_ns() - began) / 1000 / times
 
 
-def _agents_request() -> bytes:
+TOOL: Final = {
+    "type": "object",
+    "properties": {f"argument_{n}": {"type": "string", "description": "x" * 180} for n in range(10)},
+}
+
+
+def _agents_messages() -> bytes:
     """The size and shape of Claude Code's first request."""
-    schema = {
-        "type": "object",
-        "properties": {f"argument_{n}": {"type": "string", "description": "x" * 180} for n in range(10)},
-    }
-    tools = [{"name": f"tool_{n}", "description": "d" * 400, "input_schema": schema} for n in range(24)]
+    tools = [{"name": f"tool_{n}", "description": "d" * 400, "input_schema": TOOL} for n in range(24)]
     system = [{"type": "text", "text": "s" * 4000, "cache_control": {"type": "ephemeral"}} for _ in range(3)]
     messages = [{"role": "user", "content": [{"type": "text", "text": "u" * 500}]}]
     body = {"model": "m", "max_tokens": 32000, "stream": True, "system": system, "tools": tools, "messages": messages}
+    return json.dumps(body).encode()
+
+
+def _agents_response() -> bytes:
+    """The same of Codex, whose tools stand in namespaces; as large, so that the two can be compared."""
+    tools = [
+        {"type": "function", "name": f"tool_{n}", "description": "d" * 400, "parameters": TOOL, "strict": False}
+        for n in range(24)
+    ]
+    spaces = [{"type": "namespace", "name": f"space_{n}", "description": "d", "tools": tools[n::3]} for n in range(3)]
+    items = [{"role": "developer", "content": [{"type": "input_text", "text": "s" * 4000}]} for _ in range(3)]
+    items += [{"role": "user", "content": [{"type": "input_text", "text": "u" * 500}]}]
+    body = {"model": "m", "stream": True, "store": False, "tools": spaces, "input": items}
     return json.dumps(body).encode()
 
 
@@ -129,7 +167,7 @@ def through(names: list[str], rounds: int, streams: int) -> None:
                 for name, (tree, port) in trees.items():
                     side_by_side, times = (streams, 4) if PROXIES[name].load == 1 else (2, 2)
                     tree.thaw()
-                    for kind in ("chat", "messages") if n % 2 else ("messages", "chat"):
+                    for kind in KINDS if n % 2 else reversed(KINDS):
                         before = tree.cpu_ns()
                         got = _load(port, kind, side_by_side, times)
                         used_us = (tree.cpu_ns() - before) / 1000
@@ -144,19 +182,14 @@ def through(names: list[str], rounds: int, streams: int) -> None:
                 tree.stop()
     rows = []
     for name in names:
-        chat, messages = cost[name, "chat"], cost[name, "messages"]
-        ratio = f"{statistics.median(messages) / statistics.median(chat):.2f}" if chat and messages else "-"
-        rows.append(
-            [
-                f"{name} {PROXIES[name].version()}",
-                spread(chat),
-                spread(late[name, "chat"]),
-                spread(messages),
-                spread(late[name, "messages"]),
-                ratio,
-            ]
-        )
-    table(["gateway", "chat, µs a chunk", "late p99, ms", "messages, µs a chunk", "late p99, ms", "ratio"], rows)
+        row = [f"{name} {PROXIES[name].version()}"]
+        for kind in KINDS:
+            spent, chat = cost[name, kind], cost[name, "chat"]
+            ratio = f"{statistics.median(spent) / statistics.median(chat):.2f}" if spent and chat else "-"
+            row += [spread(spent), *([ratio] if kind != "chat" else []), spread(late[name, kind])]
+        rows.append(row)
+    heads = [[f"{kind}, µs a chunk", *(["ratio"] if kind != "chat" else []), "late p99, ms"] for kind in KINDS]
+    table(["gateway", *(head for group in heads for head in group)], rows)
 
 
 def _load(port: int, kind: str, streams: int, rounds: int) -> dict[str, float]:
@@ -170,7 +203,7 @@ def _load(port: int, kind: str, streams: int, rounds: int) -> dict[str, float]:
 
 def _settle(port: int, tree: Tree) -> None:
     for _ in range(60):
-        if all(not _load(port, kind, 1, 1)["errors"] for kind in ("chat", "messages")):
+        if all(not _load(port, kind, 1, 1)["errors"] for kind in KINDS):
             return
         time.sleep(0.5)
     raise SystemExit(f"no right answer on port {port}: {tree.log.read_text(errors='replace')[-2000:]}")

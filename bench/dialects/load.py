@@ -1,6 +1,6 @@
-"""Streams asked side by side, again and again, in either dialect; one line of JSON about what came and how late.
+"""Streams asked side by side, again and again, in any dialect; one line of JSON about what came and how late.
 
-python -m bench.dialects.load KEY PORT chat|messages STREAMS ROUNDS
+python -m bench.dialects.load KEY PORT chat|messages|responses STREAMS ROUNDS
 """
 
 from __future__ import annotations
@@ -31,6 +31,19 @@ BODIES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "messages": (
         "/v1/messages",
         {**ASK, "tools": [{"name": "look_up", "input_schema": SCHEMA}], "thinking": {"type": "adaptive"}},
+    ),
+    "responses": (
+        "/v1/responses",
+        {
+            "model": "stub",
+            "stream": True,
+            "store": False,  # as the agents do that ask so much
+            "max_output_tokens": 4096,
+            "input": [{"role": "user", "content": "Look it up."}],
+            "tools": [{"type": "function", "name": "look_up", "parameters": SCHEMA}],
+            "reasoning": {"summary": "auto"},
+            "include": ["reasoning.encrypted_content"],
+        },
     ),
 }
 

@@ -87,6 +87,7 @@ def _litellm(port: int, stub: int, folder: Path) -> list[str]:
     config.write_text(
         "model_list:\n- model_name: stub\n  litellm_params:\n    model: openai/stub\n"
         f"    api_base: http://127.0.0.1:{stub}/v1\n    api_key: none\n"
+        "    use_chat_completions_api: true\n"  # what it translates Responses to, in place of passing them on
         "litellm_settings:\n  telemetry: false\n  set_verbose: false\n"
     )
     return [str(peers() / "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
