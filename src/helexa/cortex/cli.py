@@ -44,6 +44,8 @@ ModelArgument = Annotated[
     str, typer.Argument(help="An id or alias that `cortex models` lists.", autocompletion=_complete_model)
 ]
 
+NodeArgument = Annotated[str, typer.Argument(help="The name of a node, as `cortex status` shows it.")]
+
 
 def main() -> NoReturn:
     from helexa.cortex.client import CommandFailed
@@ -180,6 +182,27 @@ def unload(
     from helexa.cortex import operate
 
     _run(operate.unload(gateway, model, node, drain_s=drain, force=force, as_json=as_json))
+
+
+@app.command()
+def drain(
+    node: NodeArgument,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Until nothing runs there any more.")] = False,
+    gateway: GatewayOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give a node no new requests and no loads; what runs there finishes."""
+    from helexa.cortex import operate
+
+    _run(operate.drain(gateway, node, wait=wait, as_json=as_json))
+
+
+@app.command()
+def resume(node: NodeArgument, gateway: GatewayOption = None, as_json: JsonOption = False) -> None:
+    """Give a drained node requests and loads again."""
+    from helexa.cortex import operate
+
+    _run(operate.resume(gateway, node, as_json=as_json))
 
 
 @app.command()

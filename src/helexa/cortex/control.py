@@ -98,7 +98,7 @@ class ControlPlane:
             Route("/ready", self._ready),
             Route("/version", self._version),
             Route("/fleet", self._view),
-            *FleetApi(fleet, loader).routes,
+            *FleetApi(fleet, loader, permit=self._permit).routes,
             Route("/v1/models", self._v1_models),
             Route("/v1/models/{model_id:path}", self._v1_model),
             Route("/models", self._v1_models),
@@ -217,8 +217,12 @@ class ControlPlane:
             work.exception()  # looked at: the loader has logged it, and nobody may be waiting any more
 
     async def _read_order(self, request: Request) -> Order:
-        """Refuses, in this order: 1. a name that is not ours (DNS rebinding); 2. a web page that was not allowed;
-        3. a body that a plain form could send; 4. one that is wrong; 5. anything while shutting down."""
+        await self._permit(request, has_body=True)
+        return bodies.decode(_order, await request.body())
+
+    async def _permit(self, request: Request, *, has_body: bool = False) -> None:
+        """For orders. Refuses, in this order: 1. a name that is not ours (DNS rebinding); 2. a web page that was not
+        allowed; 3. a body that a plain form could send; 4. anything while shutting down."""
         host = request.headers.get("host")
         if host is not None and not is_own_host(host, self._hosts):
             raise PermissionDenied(
@@ -228,17 +232,15 @@ class ControlPlane:
         origin = request.headers.get("origin")
         if origin is not None and origin not in self._cors_origins and not _is_same_origin(origin, host):
             raise PermissionDenied(
-                f"A web page ({origin}) may not load or unload models. Programs: leave the Origin header out; pages of "
-                "yours: add the origin to `cors_origins` under [gateway] in cortex.toml."
+                f"A web page ({origin}) may not give orders to this gateway. Programs: leave the Origin header out; "
+                "pages of yours: add the origin to `cors_origins` under [gateway] in cortex.toml."
             )
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media != "application/json":
+        if media != "application/json" and (has_body or await request.body()):
             found = f"is {media!r}" if media else "is missing"
             raise UnsupportedMedia(f"content-type {found}; send the body with `content-type: application/json`")
-        order = bodies.decode(_order, await request.body())
         if self.shutdown is not None:
             raise self.shutdown
-        return order
 
     def _known_node(self, name: str) -> None:
         if name not in self._fleet.nodes:

@@ -121,6 +121,7 @@ class Replica:
 class Node:
     """One neuron. models: by the gateway's ids, the nearest to an answer where two listings are one file.
 
+    is_draining:  by its own word: it shuts down; is_set_aside: by the operator's, until he takes it back
     polled_at: monotonic time at which the last poll that it answered was sent
     on_idle:   called when the last of our requests to one of its models has ended
     """
@@ -132,6 +133,7 @@ class Node:
         "filed",
         "health",
         "is_draining",
+        "is_set_aside",
         "last_error",
         "misses",
         "models",
@@ -157,6 +159,7 @@ class Node:
         self.misses = MISSES_UNTIL_DOWN
         self.requests_failed = False
         self.is_draining = False
+        self.is_set_aside = False
         self.polled_at = 0.0
         self.on_idle: Callable[[], None] | None = None
         self.discovery: Discovery | None = None
@@ -389,6 +392,11 @@ class Fleet:
             replica.others = max(0, active - replica.inflight)
         self._settle(node, changed)
 
+    def set_aside(self, node: Node, aside: bool) -> None:
+        """The operator's word: it gets no new requests and no loads, until he takes that back. What runs goes on."""
+        node.is_set_aside = aside
+        self._settle(node, set())
+
     def close(self) -> None:
         for node in self.nodes.values():
             node.upstream.close()
@@ -484,14 +492,14 @@ class Fleet:
         state: NodeState = "up"
         if node.misses >= MISSES_UNTIL_DOWN:
             state = "down"
-        elif node.is_draining:
+        elif node.is_draining or node.is_set_aside:
             state = "draining"
         elif node.misses or node.requests_failed:
             state = "suspect"
         news: list[str | None] = list(changed)
         if state != node.state:
             tell = log.warning if state in ("suspect", "down") else log.info
-            tell(f"node is {state}", node=node.name, was=node.state, reason=node.last_error)
+            tell(f"node is {state}", node=node.name, was=node.state, reason=why_not_up(node))
             node.state, node.since = state, self._wall()
             for model_id in list(node.replicas):
                 self._relink(node, model_id)
@@ -531,11 +539,14 @@ class Fleet:
         if not self.nodes:
             return "no node is configured ([[neurons]] in cortex.toml)."
         return (
-            "; ".join(
-                f"{n.name} is {n.state} ({n.last_error or 'draining'})" for n in self.nodes.values() if n.state != "up"
-            )
-            + "."
+            "; ".join(f"{n.name} is {n.state} ({why_not_up(n)})" for n in self.nodes.values() if n.state != "up") + "."
         )
+
+
+def why_not_up(node: Node) -> str | None:
+    if node.state == "draining" or (node.last_error is None and node.is_set_aside):
+        return f"by the operator's word; `cortex resume {node.name}` takes it back" if node.is_set_aside else "it stops"
+    return node.last_error
 
 
 def _upstream(entry: NeuronEntry, settings: CortexSettings) -> Upstream:

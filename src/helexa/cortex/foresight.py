@@ -17,7 +17,7 @@ from helexa.core.errors import Dialect, HelexaError, status_for
 from helexa.cortex import placement, router, swapper
 from helexa.cortex.decisions import NODES_SHOWN, Weighed, weighed
 from helexa.cortex.eviction import Policy
-from helexa.cortex.fleet import Fleet, Node, Replica
+from helexa.cortex.fleet import Fleet, Node, Replica, why_not_up
 from helexa.cortex.placer import Found, Placer
 from helexa.cortex.plans import NodeView, NoPlan, Plan
 from helexa.cortex.standing import Standing
@@ -236,7 +236,7 @@ def not_asked(fleet: Fleet, model: str, state: swapper.State, asked: Iterable[No
         if profile is not None and profile.pinned_on and node.name not in profile.pinned_on:
             reason = f"pinned_on allows only {', '.join(profile.pinned_on)}"
         elif node.state not in placement.ALIVE:
-            reason = f"is {node.state}" + (f" ({node.last_error})" if node.last_error else "")
+            reason = f"is {node.state} ({why_not_up(node)})"
         elif (rests := failed.get(node.name)) is not None:
             reason = f"{rests.failure.reason.rstrip('.')}; it is tried again in {ceil(rests.until - now)} s"
         elif profile is None:

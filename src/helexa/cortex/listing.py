@@ -135,6 +135,8 @@ def node_view(node: Node) -> dict[str, Any]:
         "version": node.version,
         "models": list(_models_view(node)),
     }
+    if node.is_set_aside:
+        seen["set_aside"] = True
     if node.last_error is not None:
         seen["last_error"] = node.last_error
     return {key: value for key, value in seen.items() if value is not None}

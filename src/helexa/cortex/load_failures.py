@@ -21,7 +21,7 @@ from helexa.core.errors import (
     NoNode,
     Overloaded,
 )
-from helexa.cortex.fleet import Fleet, Node
+from helexa.cortex.fleet import Fleet, Node, why_not_up
 from helexa.cortex.plans import Bar, Reason
 from helexa.cortex.swapper import Failure, Kind
 
@@ -156,7 +156,8 @@ def _absent(fleet: Fleet, model_id: str, asked: set[str]) -> str:
 
 
 def _state(node: Node) -> str:
-    return f"{node.name} is {node.state}" + (f" ({node.last_error})" if node.last_error else "")
+    why = why_not_up(node)
+    return f"{node.name} is {node.state}" + (f" ({why})" if why else "")
 
 
 def _in_the_way(fleet: Fleet, failure: Failure) -> str:

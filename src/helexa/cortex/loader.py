@@ -174,7 +174,7 @@ class Loader:
         name that nobody knows is asked for as well: the node may find it on the Hub. A cancel leaves the load going."""
         self._feed(swapper.Forgive(model_id))
         if node is not None:
-            failure = await self._load_there(model_id, self._node(node))
+            failure = await self._load_there(model_id, self._node_for_load(node))
             if failure is not None:
                 raise load_failures.on_node(model_id, failure)
             return
@@ -525,6 +525,12 @@ class Loader:
             raise BadRequest(f"no node is called {name!r}; known: {', '.join(close) or 'none'}", param="node")
         if node.state == "down":
             raise NoNode(f"{name} is down ({node.last_error})")
+        return node
+
+    def _node_for_load(self, name: str) -> Node:
+        node = self._node(name)
+        if node.is_set_aside:
+            raise NoNode(f"{name} is drained and takes no loads; `cortex resume {name}` ends that")
         return node
 
 

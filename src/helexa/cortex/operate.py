@@ -1,4 +1,4 @@
-"""`cortex load` and `cortex unload`: an operator's wishes, with progress on stderr."""
+"""`cortex load`, `unload`, `drain` and `resume`: an operator's wishes, with progress on stderr."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import sys
 from collections.abc import Mapping
 from typing import Any, Final
+from urllib.parse import quote
 
 import msgspec
 
@@ -55,6 +56,42 @@ async def unload(url: str | None, model: str, node: str | None, *, drain_s: floa
         print_json({"model": entry["id"], "status": "unloaded"})
     else:
         print(f"{entry['id']} is unloaded" + (f" from {node}" if node else ""))
+
+
+async def drain(url: str | None, node: str, *, wait: bool, as_json: bool) -> None:
+    """wait: until nothing runs there any more."""
+    async with Client(url or DEFAULT_URL) as gateway:
+        said = await gateway.post(f"/fleet/nodes/{quote(node, safe='')}/drain", {})
+        shown = Progress()
+        try:
+            while wait and (running := await _running(gateway, node)):
+                shown.show(f"{running} request{'' if running == 1 else 's'} on {node}")
+                await asyncio.sleep(_LOOK_EVERY_S)
+        finally:
+            shown.clear()
+        running = await _running(gateway, node)
+    if as_json:
+        print_json({**said, "running": running})
+    else:
+        rest = f"{running} request{'' if running == 1 else 's'} still on it" if running else "nothing runs on it"
+        print(f"{node} is drained: it gets no new requests and no loads, {rest}")
+
+
+async def resume(url: str | None, node: str, *, as_json: bool) -> None:
+    async with Client(url or DEFAULT_URL) as gateway:
+        said = await gateway.post(f"/fleet/nodes/{quote(node, safe='')}/resume", {})
+    if as_json:
+        print_json(said)
+    else:
+        print(f"{node} takes requests and loads again" + ("" if said["state"] == "up" else f"; it is {said['state']}"))
+
+
+async def _running(gateway: Client, node: str) -> int:
+    """Requests on a node, other gateways' too."""
+    fleet = await gateway.get("/fleet")
+    models = [info for n in fleet["nodes"] if n["name"] == node and n["state"] != "down" for info in n["models"]]
+    told = [info.get("active_requests", 0) + info.get("queued_requests", 0) for info in models]
+    return sum(max(info["inflight"], of) for info, of in zip(models, told, strict=True))
 
 
 def model_names(url: str | None) -> list[str]:

@@ -76,6 +76,8 @@ class Orders:
                     return None
                 if node.state == "down":
                     return gone(node)
+                if node.is_set_aside:
+                    return Failure(node.name, Kind.GONE, "was drained by the operator before the load ended")
                 if status is ModelStatus.FAILED:
                     reason = info.error if info is not None and info.error else "the load failed, without a reason"
                     starved = info is not None and info.error_code == "out_of_memory"

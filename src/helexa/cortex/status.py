@@ -137,6 +137,8 @@ def _node(node: Mapping[str, Any], at: datetime) -> Iterator[RenderableType]:
     if version := (node.get("version") or {}).get("version"):
         line.append(f"  neuron {version}", "dim")
     yield line
+    if node.get("set_aside"):
+        yield Text(f"  drained by the operator; `cortex resume {node['name']}` ends that", style="yellow")
     if error := node.get("last_error"):
         yield Text(f"  {error}", style="yellow")
     discovery = node.get("discovery") or {}
