@@ -40,8 +40,14 @@ def exchange(body: bytes | dict[str, Any], path: str = CHAT, *, gateway_usage: b
 
 
 def session(
-    task: str = "chat", *, abilities: tuple[str, ...] = ("chat",), slots: int = 4, extra: dict[str, Any] | None = None
+    task: str = "chat",
+    *,
+    abilities: tuple[str, ...] = ("chat",),
+    slots: int = 4,
+    extra: dict[str, Any] | None = None,
+    **profile: Any,
 ) -> LlamaSession:
+    """profile: fields of the load request"""
     facts = ModelFacts("llama", task, 8192, 1, 1, "Q4_1", abilities, extra or {})
-    request = LoadRequest(model_id="smol")
+    request = LoadRequest(model_id="smol", **profile)
     return LlamaSession(Plan(request, ModelFiles("smol", (Path("m"),)), facts, Estimate(devices=[]), 2048, slots, (0,)))

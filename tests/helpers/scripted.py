@@ -159,6 +159,9 @@ class ScriptedHarness:
 
 
 class ScriptedSession:
+    async def learn(self, engine: Upstream) -> None:
+        pass
+
     def prepare(self, exchange: Exchange) -> Prepared:
         return Prepared()
 

@@ -68,6 +68,7 @@ class ServingProfile(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     flash_attention: bool | None = None
     prompt_cache_mb: NotNegative | None = None  # host memory for prompts that left their slot
     chat_template: str | None = None  # Jinja text, in place of the model's own
+    merge_system: bool | None = None  # system messages as one; None: where the template takes only one
     draft: str | None = None  # a smaller model for speculative decoding: file or reference
     projector: str | None = None  # mmproj file, for images
     lora: list[str] | None = None

@@ -319,20 +319,23 @@ class Resident:
             host = await house.hosts.take(self.id, harness)
         except HostFailed as err:
             raise LoadFailed(f"{self.id} could not be loaded: {err}") from err
+        upstream = Upstream(
+            self.id, f"unix:{host.socket}", headers={"authorization": f"Bearer {key}"}, max_idle=plan.slots
+        )
+        session = placed.harness.session(plan)
         try:
             spec = placed.harness.host_spec(plan, host.socket, key)
             await host.load(harness, spec, plan.files.size_bytes, self._on_fraction)
+            await session.learn(upstream)
             await house.devices.measure(placed.claim, host)
         except BaseException as err:
+            upstream.close()
             await _surely(host.close(0))
             if isinstance(err, HostFailed):
                 cause = {"cause": OUT_OF_MEMORY} if err.out_of_memory else {}
                 raise LoadFailed(f"{self.id} could not be loaded: {err}", details=cause) from err
             raise
-        upstream = Upstream(
-            self.id, f"unix:{host.socket}", headers={"authorization": f"Bearer {key}"}, max_idle=plan.slots
-        )
-        seats = Seats(self.id, plan.slots, placed.harness.session(plan), upstream, host.alive_at)
+        seats = Seats(self.id, plan.slots, session, upstream, host.alive_at)
         serving = Serving(host, upstream, seats, time.monotonic())
         host.died.add_done_callback(lambda died: self._host_died(serving, died.result()))
         return serving

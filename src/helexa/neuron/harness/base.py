@@ -83,7 +83,10 @@ class Prepared:
 
 
 class Session(Protocol):
-    """One loaded model, seen from the daemon. Pure but for `count_tokens`."""
+    """One loaded model, seen from the daemon. Pure but for `learn` and `count_tokens`."""
+
+    async def learn(self, engine: Upstream) -> None:
+        """Once, before the first request: ask the engine what the file alone does not tell. Never raises."""
 
     def prepare(self, exchange: Exchange) -> Prepared:
         """HOT. Raises HelexaError for what this model cannot do (wrong task, modality, a field's bad value)."""

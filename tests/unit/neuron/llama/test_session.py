@@ -228,6 +228,28 @@ def test_calls_and_results_reach_a_template_without_tools_as_text() -> None:
     ]
 
 
+SYSTEM_APART = [
+    {"role": "system", "content": "a"},
+    {"role": "user", "content": "hi"},
+    {"role": "system", "content": "b"},
+]
+
+
+def test_system_messages_become_one_where_the_template_takes_only_one() -> None:
+    asked = {"messages": SYSTEM_APART, "stream": True}
+    body = sent(session(merge_system=True).prepare(exchange(asked)))
+    assert body["messages"] == [{"role": "system", "content": "a\n\nb"}, {"role": "user", "content": "hi"}]
+    for takes_them in (session(merge_system=False), session()):
+        assert sent(takes_them.prepare(exchange(asked)))["messages"] == SYSTEM_APART
+
+
+def test_system_messages_become_one_before_tools_are_told_in_text() -> None:
+    asked = {"messages": SYSTEM_APART, "stream": True, "tools": [ADD]}
+    first, *rest = sent(session(merge_system=True).prepare(exchange(asked)))["messages"]
+    assert first["content"].startswith("a\n\nb\n\nYou can call")
+    assert rest == [{"role": "user", "content": "hi"}]
+
+
 def test_nothing_is_ever_put_into_a_prompt_without_tools() -> None:
     messages = [{"role": "system", "content": "Verbatim."}, *MESSAGES]
     for abilities in (("chat",), ("chat", "tools"), ("chat", "tools", "reasoning")):

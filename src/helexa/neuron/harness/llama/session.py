@@ -1,6 +1,6 @@
 """One loaded GGUF model, seen from the daemon: what of a request the engine may see, and how its answer is mended.
 
-Pure but for `count_tokens`. A stream that llama.cpp's server answers rightly passes untouched; a request that it does
+Pure but for `learn` and `count_tokens`. A stream that llama.cpp's server answers rightly passes untouched; a request that it does
 not answer rightly is rewritten by splices, and its answer goes through a mend (mends.py says which). An answer in one
 piece is always asked as a stream and collected by its mend.
 """
@@ -17,6 +17,7 @@ from helexa.core.errors import BadRequest, HelexaError, UnsupportedModality, Wro
 from helexa.core.relay.contract import Exchange
 from helexa.core.relay.upstream import Upstream
 from helexa.neuron.harness import openai_fields as fields
+from helexa.neuron.harness import system_messages
 from helexa.neuron.harness.base import Plan, Prepared
 from helexa.neuron.harness.llama import refusals
 from helexa.neuron.harness.llama.mends import AnswerMend, Reasoning, RerankMend, Step, Stops, TopLogprobs, Usages
@@ -47,6 +48,11 @@ _USAGE_ON: Final = b'{"include_usage":true}'
 _JSON: Final = b"application/json"
 _KNOWN_ABSENT: Final = frozenset({"stream", "stream_options", "return_progress"})  # where UNSET says so
 _encode = msgspec.json.Encoder().encode
+LEARN_S: Final = 5.0
+
+
+class _Rendered(msgspec.Struct):
+    prompt: str
 
 
 class LlamaSession:
@@ -59,12 +65,23 @@ class LlamaSession:
         self._context = plan.context
         self._abilities = frozenset(plan.facts.capabilities)
         self._n_embd: int | None = plan.facts.extra.get("n_embd")
+        self._merges_system = plan.request.merge_system  # None: not known yet
         self._prepare: dict[str, Callable[[Exchange], Prepared]] = {
             CHAT: self._chat,
             COMPLETIONS: self._completion,
             EMBEDDINGS: self._embedding,
             RERANK: self._rerank,
         }
+
+    async def learn(self, engine: Upstream) -> None:
+        """Whether the chat template takes system messages as they stand."""
+        if self._merges_system is None and self._task == "chat":
+            try:
+                answer = await engine.fetch("POST", "/apply-template", system_messages.PROBE, timeout_s=LEARN_S)
+                rendered = answer.json(_Rendered).prompt if answer.status == 200 else ""
+            except (OSError, TimeoutError, ValueError):  # not JSON is a ValueError too
+                return  # an engine that does not answer: its end is noticed elsewhere
+            self._merges_system = not system_messages.are_shown(rendered)
 
     def prepare(self, exchange: Exchange) -> Prepared:
         """HOT for a chat: one decode of the fields we judge, and one splice."""
@@ -88,7 +105,7 @@ class LlamaSession:
             raise UnsupportedModality(
                 "Only text can be counted; what an image or audio takes is known when it is read.", param=where
             )
-        rendered = await self._ask(engine, "/apply-template", self._rendering(body, asked))
+        rendered = await self._ask(engine, "/apply-template", splice(body, self._shown(body, asked)))
         order = _encode({"content": rendered["prompt"], "add_special": True, "parse_special": True})
         return len((await self._ask(engine, "/tokenize", order))["tokens"])
 
@@ -124,60 +141,64 @@ class LlamaSession:
 
     def _chat(self, exchange: Exchange) -> Prepared:
         asked = self._read_chat(exchange.body)
-        values: dict[str, bytes] = {}
+        values = self._shown(exchange.body, asked)
         steps: list[Step] = []
-        as_text = "tools" not in self._abilities and needs_text(asked)
-        if as_text or asked.forced_tool or (asked.tools and asked.wants_json):
-            values, steps = self._tools(exchange.body, asked, as_text=as_text)
+        if asked.forced_tool or (asked.tools and (asked.wants_json or "tools" not in self._abilities)):
+            more, steps = self._tools(asked)
+            values |= more
         if asked.logprobs and not asked.top_logprobs:
             values["top_logprobs"] = b"1"  # with 0 the engine gives no log-probabilities at all, without it 20 each
             steps.append(TopLogprobs(0))
         return self._mended(exchange, asked, values, steps, prompts=1)
 
-    def _tools(self, body: bytes, asked: fields.ChatRequest, *, as_text: bool) -> tuple[dict[str, bytes], list[Step]]:
-        """What changes in the body, and the step that reads the calls back.
+    def _tools(self, asked: fields.ChatRequest) -> tuple[dict[str, bytes], list[Step]]:
+        """What the engine is asked so that calls come about, and the step that reads them back.
 
-        1. History is told as text where the template knows no tools. 2. No call may be made: nothing more. 3. A call
-        is forced: a response format binds the model to it, which the engine itself does not. 4. A call or an answer by
-        a schema: one response format for both, because the engine would let the schema alone. 5. A call or text.
+        1. No call may be made: nothing more. 2. A call is forced: a response format binds the model to it, which the
+        engine itself does not. 3. A call or an answer by a schema: one response format for both, because the engine
+        would let the schema alone. 4. A call or text.
         """
-        values = self._tools_told(body, asked) if as_text else {}  # 1
         functions = [tool.function for tool in asked.tools or () if tool.function is not None]
-        if not functions or asked.tool_choice == "none":  # 2
-            return values, []
+        if not functions or asked.tool_choice == "none":  # 1
+            return {}, []
         if asked.grammar:
             raise BadRequest("`grammar` and `tools` exclude each other; send one.", param="grammar")
         if not asked.forced_tool and asked.wanted_schema is None:
-            # 5; any JSON object (type json_object) leaves room for a call as it is
-            return values, [WrittenCalls([f.name for f in functions], must=False)]
+            # 4; any JSON object (type json_object) leaves room for a call as it is
+            return {}, [WrittenCalls([f.name for f in functions], must=False)]
         named = fields.called_function(asked)
         calls = [(f.name, f.parameters) for f in functions if named is None or f.name == named]
         try:
-            schema = call_schema(calls, None if asked.forced_tool else asked.wanted_schema)  # 3, 4
+            schema = call_schema(calls, None if asked.forced_tool else asked.wanted_schema)  # 2, 3
         except RecursionError:
             raise BadRequest("`tools`: a schema is nested too deeply.", param="tools") from None
         wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
-        values |= {"response_format": _encode(wanted), "tool_choice": b'"none"'}
+        values = {"response_format": _encode(wanted), "tool_choice": b'"none"'}
         if asked.json_schema is not None:
             values["json_schema"] = _NULL
         return values, [WrittenCalls([f.name for f in functions], must=asked.forced_tool)]
 
-    def _tools_told(self, body: bytes, asked: fields.ChatRequest) -> dict[str, bytes]:
-        raw = b"[]"
-        for key, start, end in members(body):
-            if key == "messages":
-                raw = body[start:end]
-        values = {"messages": messages_with_tools(raw, asked)}
+    def _shown(self, body: bytes, asked: fields.ChatRequest) -> dict[str, bytes]:
+        """What must change in the body so that the template shows all of it; in most requests nothing.
+
+        1. System messages as one where the template takes only one. 2. Tools, calls and results as text where it knows
+        no tools.
+        """
+        merges = self._merges_system and system_messages.stand_apart(asked.messages or ())
+        as_text = "tools" not in self._abilities and needs_text(asked)
+        if not merges and not as_text:
+            return {}
+        raw = next(body[start:end] for key, start, end in reversed(list(members(body))) if key == "messages")
+        if merges:  # 1
+            raw = system_messages.merged(raw)
+        if not as_text:
+            return {"messages": raw}
+        values = {"messages": messages_with_tools(raw, asked)}  # 2
         if asked.tools is not None:
             values["tools"] = _NULL
         if asked.tool_choice is not None:
             values["tool_choice"] = _NULL
         return values
-
-    def _rendering(self, body: bytes, asked: fields.ChatRequest) -> bytes:
-        """The body, as far as the prompt depends on it."""
-        as_text = "tools" not in self._abilities and needs_text(asked)
-        return splice(body, self._tools_told(body, asked)) if as_text else body
 
     # completions
 
