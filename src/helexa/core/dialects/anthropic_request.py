@@ -25,6 +25,7 @@ MAX_STOP_SEQUENCES: Final = 16  # the neuron's bound
 
 _EFFORTS: Final = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 _THINKING: Final = frozenset({"enabled", "adaptive", "between_tools", "disabled"})
+_DISPLAYS: Final = (None, "summarized", "updates", "omitted")  # all but the last show what the model thinks
 _CHOICES: Final = {"auto": "auto", "any": "required", "none": "none"}
 _CLEAR_THINKING: Final = "clear_thinking_20251015"
 _INDEX: Final = re.compile(r"\[(\d+)\]")
@@ -231,8 +232,8 @@ class _Translator:
                 raise bad("thinking.budget_tokens", "must be at least 1")
             if on:
                 made["thinking_budget_tokens"] = min(thinking.budget_tokens, MAX_TOKENS)
-        if thinking is not None and thinking.display not in (None, "summarized", "omitted"):
-            raise bad("thinking.display", f"{thinking.display!r} is not known; use summarized or omitted")
+        if thinking is not None and thinking.display not in _DISPLAYS:
+            self._drop("thinking.display")  # shown: clients have more names for it with every version
 
     def _output(self, made: dict[str, Any]) -> None:
         config = self._asked.output_config

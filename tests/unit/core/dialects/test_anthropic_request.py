@@ -337,6 +337,21 @@ def test_what_is_known_and_not_supported_is_dropped_by_name() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("display", "shown", "dropped"),
+    [
+        ("summarized", True, ()),
+        ("updates", True, ()),
+        ("omitted", False, ()),
+        ("next-years", True, ("thinking.display",)),
+    ],
+)
+def test_thinking_is_shown_unless_it_is_to_be_omitted(display: str, shown: bool, dropped: tuple[str, ...]) -> None:
+    translation = asked(thinking={"type": "adaptive", "display": display})
+    assert translation.show_thinking is shown
+    assert translation.dropped == dropped
+
+
 @pytest.mark.parametrize("kind", sorted(wire.DROPPED_BLOCKS))
 def test_traces_of_hosted_tools_are_dropped_by_name(kind: str) -> None:
     block = {"type": kind, "id": "s1", "name": "web_search", "input": {}, "content": []}
@@ -418,7 +433,6 @@ def test_unknown_fields_are_ignored_everywhere() -> None:
         ({"thinking": {"type": "deep"}}, "thinking.type"),
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "thinking.budget_tokens"),
-        ({"thinking": {"type": "adaptive", "display": "loud"}}, "thinking.display"),
         ({"output_config": {"effort": "huge"}}, "output_config.effort"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
