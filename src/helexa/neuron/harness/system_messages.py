@@ -52,7 +52,7 @@ def merged(raw: bytes) -> bytes:
 
 
 def _joined(contents: Sequence[Any]) -> str | list[Any]:
-    """Texts as one text, a blank line between; as parts where any of them has parts: joining those is the template's."""
+    """Texts as one text, a blank line between; as parts where any has parts: how to join those is the template's."""
     if all(isinstance(content, str) or content is None for content in contents):
         return "\n\n".join(content for content in contents if content)
     parts: list[Any] = []

@@ -1,8 +1,8 @@
 """One loaded GGUF model, seen from the daemon: what of a request the engine may see, and how its answer is mended.
 
-Pure but for `learn` and `count_tokens`. A stream that llama.cpp's server answers rightly passes untouched; a request that it does
-not answer rightly is rewritten by splices, and its answer goes through a mend (mends.py says which). An answer in one
-piece is always asked as a stream and collected by its mend.
+Pure but for `learn` and `count_tokens`. A stream that llama.cpp's server answers rightly passes untouched; a request
+that it does not answer rightly is rewritten by splices, and its answer goes through a mend (mends.py says which). An
+answer in one piece is always asked as a stream and collected by its mend.
 """
 
 from __future__ import annotations
