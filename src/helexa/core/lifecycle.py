@@ -143,6 +143,7 @@ class ModelInfo(msgspec.Struct, omit_defaults=True, kw_only=True):
     limits: ModelLimits | None = None
     capabilities: list[str] | None = None  # chat, tools, reasoning, vision, embed, rerank
     task: str | None = None
+    architecture: str | None = None  # llama, qwen3 ...
     spec_hash: str | None = None
     source: str | None = None
     size_bytes: int | None = None

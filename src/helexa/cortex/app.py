@@ -36,7 +36,7 @@ from helexa.cortex.loader import Loader, LoadRecord
 from helexa.cortex.metrics import Metrics
 from helexa.cortex.poller import Poller
 from helexa.cortex.response_store import MemoryStore
-from helexa.cortex.translations import Setup
+from helexa.cortex.translated import Setup
 
 log = logs.get("cortex")
 
@@ -47,6 +47,10 @@ ENDPOINTS: Final = (
     Endpoint("/v1/rerank", Dialect.OPENAI, "/v1/rerank", generates=False),
     Endpoint("/v1/responses", Dialect.OPENAI, "/v1/chat/completions"),
     Endpoint("/v1/messages", Dialect.ANTHROPIC, "/v1/chat/completions"),
+    Endpoint("/api/chat", Dialect.OLLAMA, "/v1/chat/completions", streams=True),
+    Endpoint("/api/generate", Dialect.OLLAMA, "/v1/chat/completions", streams=True),
+    Endpoint("/api/embed", Dialect.OLLAMA, "/v1/embeddings", generates=False),
+    Endpoint("/api/embeddings", Dialect.OLLAMA, "/v1/embeddings", generates=False),
     Endpoint("/v1/messages/count_tokens", Dialect.ANTHROPIC, "/v1/tokens/count", generates=False),
 )
 

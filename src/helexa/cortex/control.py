@@ -45,6 +45,7 @@ from helexa.cortex.fleet_api import FleetApi
 from helexa.cortex.fleet_api import json_response as _json
 from helexa.cortex.front_page import front_page
 from helexa.cortex.loader import Loader
+from helexa.cortex.ollama_api import OllamaApi
 
 log = logs.get("cortex.control")
 
@@ -99,6 +100,7 @@ class ControlPlane:
             Route("/version", self._version),
             Route("/fleet", self._view),
             *FleetApi(fleet, loader, permit=self._permit).routes,
+            *OllamaApi(fleet).routes,
             Route("/v1/models", self._v1_models),
             Route("/v1/models/{model_id:path}", self._v1_model),
             Route("/models", self._v1_models),
@@ -293,8 +295,9 @@ def _flag(request: Request, name: str) -> bool:
 def answer(request: Request, error: HelexaError) -> Response:
     """The error in the dialect of the path."""
     request_id = getattr(request.state, "request_id", "")
-    is_anthropic = request.url.path.startswith("/v1/messages") or "anthropic-version" in request.headers
-    dialect = Dialect.ANTHROPIC if is_anthropic else Dialect.OPENAI
+    path = request.url.path
+    is_anthropic = path.startswith("/v1/messages") or "anthropic-version" in request.headers
+    dialect = Dialect.OLLAMA if path.startswith("/api/") else Dialect.ANTHROPIC if is_anthropic else Dialect.OPENAI
     headers = {"request-id": request_id} if dialect is Dialect.ANTHROPIC else {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(error.retry_after_s)

@@ -29,7 +29,7 @@ from helexa.core.errors import (
     UpstreamTimeout,
 )
 from helexa.core.lifecycle import ModelStatus
-from helexa.core.relay.contract import Exchange, Route
+from helexa.core.relay.contract import Exchange, Reply, Route
 from helexa.core.relay.wire import value_of
 from helexa.core.request_log import RequestLog
 from helexa.cortex import refusals
@@ -40,7 +40,8 @@ from helexa.cortex.metrics import OTHER, Metrics, Series
 from helexa.cortex.router import choose
 from helexa.cortex.routing import Routed, Routing
 from helexa.cortex.targets import Target, Targets, wrong_task
-from helexa.cortex.translations import TRANSLATIONS, Setup, Translated
+from helexa.cortex.translated import Setup, Translated
+from helexa.cortex.translations import TRANSLATIONS
 from helexa.cortex.work import Ticket
 
 log = logs.get("cortex.director")
@@ -106,7 +107,7 @@ class CortexDirector:
 
     # -- the relay's questions ------------------------------------------------------------------------------------
 
-    def route(self, exchange: Exchange) -> Route | Awaitable[Route]:
+    def route(self, exchange: Exchange) -> Route | Reply | Awaitable[Route | Reply]:
         """HOT for a loaded model: a dictionary look-up, the router's choice, one small object. Bench: bench/gateway.
 
         1. A name that nobody knows, or a task that is not the model's, is refused before anything is sent.
@@ -123,6 +124,11 @@ class CortexDirector:
             if target.fallbacks:
                 target = self._first_of(exchange, pursuit, (target, *target.fallbacks))
             self._take_up(exchange, pursuit, target)
+            if pursuit.translated is not None:
+                reply = pursuit.translated.reply(exchange, is_loaded=False)
+                if reply is not None:
+                    exchange.headers_back = pursuit.headers_back
+                    return reply
         replica = self._choose(exchange, pursuit, pursuit.model.replicas, exchange.tried)
         if replica is not None:
             return self._send(exchange, pursuit, replica)
@@ -227,17 +233,26 @@ class CortexDirector:
             pursuit.routed = self._routing.read(exchange, pursuit.model.id, body)
         return pursuit.routed.choose(replicas, tried)
 
-    def _send(self, exchange: Exchange, pursuit: Pursuit, replica: Replica) -> NodeRoute:
+    def _send(self, exchange: Exchange, pursuit: Pursuit, replica: Replica) -> NodeRoute | Reply:
         translated = pursuit.translated
+        exchange.headers_back = pursuit.headers_back
+        path = body = None
+        if translated is not None:
+            reply = translated.reply(exchange, is_loaded=True)
+            if reply is not None:
+                replica.last_used = self._clock()
+                return reply
+            path, body = translated.ask(replica.info)
         ask = exchange.stream and not exchange.wants_usage and exchange.endpoint.generates and translated is None
         headers = _headers(replica.info.id, ask)
         series = pursuit.series = self._metrics.series(pursuit.model.id, replica.node.name)
         pursuit.node = replica.node
-        exchange.headers_back = pursuit.headers_back
         replica.begin(self._clock())
         series.inflight += 1
         route = NodeRoute(
             replica.node.upstream,
+            path=path,
+            body=body,
             headers=headers,
             cut_usage=ask,
             replica=replica,
@@ -246,11 +261,10 @@ class CortexDirector:
         if pursuit.routed is not None:
             route.ticket = pursuit.routed.sent(exchange, replica)
         if translated is not None:
-            route.body = translated.body(replica.info.id)
             route.mend = translated.answer(exchange)
             route.translates = route.mend is not None
-            if route.translates and not exchange.stream:
-                route.content_type = b"application/json"  # nodes are always asked for a stream
+            if route.translates:
+                route.content_type = translated.content_type(exchange)
         return route
 
     def _take_up(self, exchange: Exchange, pursuit: Pursuit, target: Target) -> None:
@@ -305,7 +319,7 @@ class CortexDirector:
             raise BadRequest("x-helexa-wait must be the seconds that the request may wait for its model, like 10")
         return exchange.t_start + min(wait_s, self._wait_s)
 
-    async def _wait(self, exchange: Exchange, pursuit: Pursuit) -> Route:
+    async def _wait(self, exchange: Exchange, pursuit: Pursuit) -> Route | Reply:
         while True:
             try:
                 return await self._wait_for_it(exchange, pursuit)
@@ -317,7 +331,7 @@ class CortexDirector:
             if replica is not None:
                 return self._send(exchange, pursuit, replica)
 
-    async def _wait_for_it(self, exchange: Exchange, pursuit: Pursuit) -> Route:
+    async def _wait_for_it(self, exchange: Exchange, pursuit: Pursuit) -> Route | Reply:
         model_id = pursuit.model.id
         began = self._clock()
         if not self._waiting[model_id] and not pursuit.model.replicas:

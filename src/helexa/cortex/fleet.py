@@ -38,6 +38,7 @@ SLOTS: Final = 4  # of a model whose node does not tell
 PACE_OVER: Final = 16  # requests: a few rounds of its slots, so that a change of load shows soon
 # What comes before loaded; a drain that ran out, back from unloading, is no new load.
 _COMING: Final = frozenset({"unloaded", "downloading", "loading", "recovering", "failed"})
+_LATEST: Final = ":latest"
 NAME_SHOWN: Final = 200  # characters of an unknown name that an error repeats, and that are compared
 
 
@@ -225,6 +226,8 @@ class Fleet:
             model_id = self._known(name)
             if model_id is not None:
                 return (model_id,)
+            if name.endswith(_LATEST):  # Ollama's clients write it where no tag was given; it is no quantisation
+                return self.candidates(name.removesuffix(_LATEST))
             targets = aliases.match(name) or (name,)
         found = tuple(dict.fromkeys(known for target in targets if (known := self._known(target)) is not None))
         if not found:

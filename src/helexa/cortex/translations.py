@@ -1,22 +1,18 @@
 """Dialects that nodes do not speak: the chat body that a node is asked with, and the machine that turns its answer.
 
-The translating itself is pure and lives in core.dialects; here it meets an exchange. A request is translated once,
-whatever number of nodes is tried; each attempt has an answer of its own.
+The translating itself is pure and lives in core.dialects; here it meets an exchange.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from secrets import token_hex
-from time import monotonic
-from typing import Any, Final, Protocol
+from typing import Final
 
 from helexa.core.dialects import (
     anthropic_errors,
     anthropic_request,
-    neuron_chat,
     responses_input,
     responses_items,
     responses_request,
@@ -24,62 +20,38 @@ from helexa.core.dialects import (
 )
 from helexa.core.dialects.anthropic_sinks import EventWriter, MessageBuilder
 from helexa.core.dialects.anthropic_stream import Answer, Sink
-from helexa.core.dialects.neuron_request import Options
 from helexa.core.dialects.node_errors import Naming
 from helexa.core.dialects.responses_document import Document
 from helexa.core.dialects.responses_sinks import EventWriter as ResponseEvents
 from helexa.core.dialects.responses_sinks import ResponseBuilder
 from helexa.core.dialects.responses_stream import Answer as ResponseAnswer
 from helexa.core.errors import HelexaError
-from helexa.core.relay.contract import Exchange, Mend, Usage
+from helexa.core.relay.contract import Exchange, Mend
+from helexa.cortex import ollama_translations as ollama
 from helexa.cortex.response_store import (
-    MemoryStore,
     Record,
-    ResponseStore,
     chain,
     conversation,
     find_item,
     not_found,
     owner_of,
 )
+from helexa.cortex.translated import Setup, Translated, Witness
 
 
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What was configured, and what is kept between requests."""
-
-    options: Options = field(default_factory=Options)
-    responses: ResponseStore = field(
-        default_factory=lambda: MemoryStore(max_bytes=64 << 20, age_s=3600, clock=monotonic)
-    )
-
-
-class Translated(Protocol):
-    """One request."""
+class Messages(Translated):
+    """POST /v1/messages."""
 
     @property
     def naming(self) -> Naming:
-        """Of the chat body's fields, for what a node refuses."""
-
-    def body(self, model: str) -> bytes:
-        """For a node that calls the model so."""
-
-    def answer(self, exchange: Exchange) -> Mend | None:
-        """For one attempt. None: the node's answer is the client's as it is."""
-
-    def over(self, exchange: Exchange) -> None:
-        """The exchange is over, however it ended."""
-
-
-class Messages:
-    """POST /v1/messages."""
-
-    naming = staticmethod(anthropic_errors.naming)
+        return anthropic_errors.naming
 
     def __init__(self, exchange: Exchange, context: int | None, setup: Setup) -> None:
         self._asked = anthropic_request.translate(exchange.body, context=context, options=setup.options)
-        self.body = self._asked.body
         exchange.headers_back = self._asked.dropped_header
+
+    def body(self, model: str) -> bytes:
+        return self._asked.body(model)
 
     def answer(self, exchange: Exchange) -> Mend | None:
         message_id = f"msg_{exchange.request_id}"
@@ -90,31 +62,29 @@ class Messages:
             message_id=message_id,
             max_tokens=self._asked.max_tokens,
             show_thinking=self._asked.show_thinking,
-            witness=_Witness(exchange),
+            witness=Witness(exchange),
         )
 
-    def over(self, exchange: Exchange) -> None:
-        pass
 
-
-class Count:
+class Count(Translated):
     """POST /v1/messages/count_tokens: the prompt is rendered as that of the request itself would be."""
 
-    naming = staticmethod(anthropic_errors.naming)
+    @property
+    def naming(self) -> Naming:
+        return anthropic_errors.naming
 
     def __init__(self, exchange: Exchange, context: int | None, setup: Setup) -> None:
-        asked = anthropic_request.translate(exchange.body, counting=True, options=setup.options)
-        self.body = asked.body
-        exchange.headers_back = asked.dropped_header
+        self._asked = anthropic_request.translate(exchange.body, counting=True, options=setup.options)
+        exchange.headers_back = self._asked.dropped_header
+
+    def body(self, model: str) -> bytes:
+        return self._asked.body(model)
 
     def answer(self, exchange: Exchange) -> Mend | None:
         return None  # {"input_tokens": n} is what both say
 
-    def over(self, exchange: Exchange) -> None:
-        pass
 
-
-class Responses:
+class Responses(Translated):
     """POST /v1/responses."""
 
     def __init__(self, exchange: Exchange, context: int | None, setup: Setup) -> None:
@@ -131,8 +101,6 @@ class Responses:
             asked, exchange.body, history=history, context=context, options=setup.options
         )
         self._asked = made
-        self.body = made.body
-        self.naming = made.places.name
         self._document = Document(
             key=f"hx{token_hex(16)}",
             model=exchange.model,
@@ -147,6 +115,13 @@ class Responses:
         if exchange.stream:
             exchange.last_words = self._last_words
 
+    @property
+    def naming(self) -> Naming:
+        return self._asked.places.name
+
+    def body(self, model: str) -> bytes:
+        return self._asked.body(model)
+
     def _resolved(self, items: list[responses_wire.Item]) -> list[responses_wire.Item]:
         return [self._found(item) if responses_input.is_reference(item) else item for item in items]
 
@@ -158,7 +133,7 @@ class Responses:
 
     def answer(self, exchange: Exchange) -> Mend | None:
         self._sink = ResponseEvents(self._document) if exchange.stream else ResponseBuilder(self._document)
-        return ResponseAnswer(self._sink, called=self._asked.called, witness=_Witness(exchange), naming=self.naming)
+        return ResponseAnswer(self._sink, called=self._asked.called, witness=Witness(exchange), naming=self.naming)
 
     def _last_words(self, error: HelexaError) -> bytes:
         sink = self._sink
@@ -181,30 +156,14 @@ class Responses:
         )
 
 
-class _Witness:
-    """Writes into the Exchange what the relay finds in other streams by itself."""
-
-    __slots__ = ("_exchange",)
-
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-
-    def first_token(self) -> None:
-        if not self._exchange.t_first_token:
-            self._exchange.t_first_token = monotonic()
-
-    def ended(self, usage: neuron_chat.Usage | None, finish_reason: str | None, timings: dict[str, Any] | None) -> None:
-        exchange = self._exchange
-        exchange.finish_reason = finish_reason
-        exchange.timings = timings
-        if usage is not None:
-            exchange.usage = Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
-
-
 # By the path of the endpoint. Called with the exchange, the tokens that a request to its model may have, where known,
 # and what was configured; raises HelexaError.
 TRANSLATIONS: Final[dict[str, Callable[[Exchange, int | None, Setup], Translated]]] = {
     "/v1/messages": Messages,
     "/v1/messages/count_tokens": Count,
     "/v1/responses": Responses,
+    "/api/chat": ollama.Chat,
+    "/api/generate": ollama.Generate,
+    "/api/embed": ollama.Embed,
+    "/api/embeddings": ollama.EmbedOne,
 }

@@ -64,7 +64,7 @@ def _describe(info: ModelInfo, placed: Placed) -> None:
     info.memory = [DeviceMemory(device=device, used_mb=mb) for device, mb in held.items()]
     info.vram_used_mb = sum(held.values())
     info.limits = ModelLimits(context=plan.context, slots=plan.slots)
-    info.task = request.task or facts.task
+    info.task, info.architecture = request.task or facts.task, facts.architecture
     info.capabilities = list(request.capabilities or facts.capabilities)
     info.size_bytes, info.n_ctx_train, info.n_params = facts.size_bytes, facts.n_ctx_train, facts.n_params
     info.quant = facts.quant or request.quant

@@ -54,6 +54,7 @@ class Choice(msgspec.Struct):
     stop_reason: str | None = None  # the stop string that matched
     index: int = 0
     logprobs: Logprobs | None = None
+    text: str | None = None  # of a completion, in place of the delta
 
 
 class PromptDetails(msgspec.Struct):

@@ -51,6 +51,10 @@ class ChatStream:
         """HOT, once per chunk: what was generated."""
         raise NotImplementedError
 
+    def on_text(self, text: str) -> None:
+        """The same of a completion, where it may be asked for one."""
+        raise NotImplementedError
+
     def on_progress(self, progress: chat.PromptProgress) -> None:
         """The prefill went on."""
 
@@ -110,6 +114,8 @@ class ChatStream:
             delta = choice.delta
             if delta is not None:
                 self.on_choice(choice, delta)
+            elif choice.text:
+                self.on_text(choice.text)
             if choice.finish_reason is not None:
                 self.finish_reason = choice.finish_reason
                 self.stop_sequence = choice.stop_reason
