@@ -88,6 +88,7 @@ class Responses(Section, frozen=True):
 
     store_mb: Annotated[int, Meta(ge=0, le=1_048_576)] = 64  # what was not used for the longest time goes first
     store_age_s: Seconds = 3600  # since it was used last
+    path: Text | None = None  # a SQLite file; left out: in memory
 
 
 class Eviction(Section, frozen=True):
@@ -244,6 +245,8 @@ def _cortex_rules(settings: CortexSettings) -> Iterator[Fault]:
     for index, origin in enumerate(gateway.cors_origins):
         if origin != "*" and not re.fullmatch(r"https?://[^/\s?#@]+", origin):
             yield Fault(("gateway", "cors_origins", index), 'must be "*" or scheme://host[:port] without a path')
+    if settings.responses.path is not None and not Path(settings.responses.path).is_absolute():
+        yield Fault(("responses", "path"), 'must be a whole path, like "/var/lib/helexa/responses.sqlite"')
     names: dict[str, int] = {}
     endpoints: dict[str, str] = {}
     for index, entry in enumerate(settings.neurons):

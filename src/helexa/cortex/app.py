@@ -22,7 +22,7 @@ from helexa import __version__
 from helexa.core import logs
 from helexa.core.addresses import is_loopback
 from helexa.core.catalogue import Catalogue
-from helexa.core.config import CortexSettings, split_listen
+from helexa.core.config import CortexSettings, Responses, split_listen
 from helexa.core.dialects.neuron_request import Options
 from helexa.core.errors import Dialect, ShuttingDown
 from helexa.core.relay.contract import Endpoint
@@ -35,7 +35,7 @@ from helexa.cortex.fleet import Fleet
 from helexa.cortex.loader import Loader, LoadRecord
 from helexa.cortex.metrics import Metrics
 from helexa.cortex.poller import Poller
-from helexa.cortex.response_store import MemoryStore
+from helexa.cortex.response_store import MemoryStore, ResponseStore
 from helexa.cortex.translated import Setup
 
 log = logs.get("cortex")
@@ -80,8 +80,7 @@ class Cortex:
         self.loader.on_load.append(self._loaded)
         self._warnings = warnings_about(settings)
         gateway = settings.gateway
-        kept = settings.responses
-        self.responses = MemoryStore(max_bytes=kept.store_mb << 20, age_s=kept.store_age_s, clock=time.monotonic)
+        self.responses = _response_store(settings.responses)
         self.control = ControlPlane(
             self.fleet,
             self.loader,
@@ -156,6 +155,7 @@ class Cortex:
         await self.server.close()
         await self.metrics_server.close()
         self.fleet.close()
+        self.responses.close()
         self.request_log.flush()
         return cut
 
@@ -207,6 +207,15 @@ def warnings_about(settings: CortexSettings) -> list[str]:
     if not settings.neurons:
         said.append("There is no node to ask: name them under [[neurons]] in cortex.toml.")
     return said
+
+
+def _response_store(kept: Responses) -> ResponseStore:
+    size, age_s = kept.store_mb << 20, kept.store_age_s
+    if kept.path is None:
+        return MemoryStore(max_bytes=size, age_s=age_s, clock=time.monotonic)
+    from helexa.cortex.response_file import FileStore  # SQLite, for those who want it
+
+    return FileStore(Path(kept.path), max_bytes=size, age_s=age_s, clock=time.time)
 
 
 async def _listen(server: Server, listen: str, setting: str) -> str:

@@ -98,10 +98,11 @@ def serve(
         gateway = msgspec.structs.replace(settings.gateway, listen=_checked_listen(listen))
         settings = msgspec.structs.replace(settings, gateway=gateway)
     from helexa.cortex.app import CannotListen, build
+    from helexa.cortex.response_store import CannotKeep
 
     try:
         uvloop.run(build(settings, catalogue, catalogue_path).serve())
-    except CannotListen as err:
+    except (CannotListen, CannotKeep) as err:
         fail(str(err), 2)
 
 

@@ -43,6 +43,10 @@ class Record:
 _OVERHEAD = 600  # of a record's own objects, bytes
 
 
+class CannotKeep(Exception):
+    """Where responses are to be kept cannot be had; str() is the whole message for the user."""
+
+
 class ResponseStore(Protocol):
     def put(self, record: Record) -> None: ...
 

@@ -111,6 +111,7 @@ def test_without_a_file_both_programs_listen_on_loopback_only() -> None:
         ("[gateway]\nlisten = 'a:1'\nmetrics_listen = 'a:1'", "[gateway] metrics_listen is the same as listen"),
         ("[gateway]\ncors_origins = ['http://a/b']", "[gateway] cors_origins[0] must be"),
         ("[gateway]\ncors_origins = 'http://a'", "[gateway] cors_origins must be a list"),
+        ("[responses]\npath = 'kept.sqlite'", "[responses] path must be a whole path"),
         (
             "[eviction]\nstrategy = 'lur'",
             '[eviction] strategy must be one of "lru", "priority", "adaptive", not "lur"; did',
