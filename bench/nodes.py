@@ -30,8 +30,8 @@ SPECS: Final = "HELEXA_BENCH_SPECS"  # the folder for those notes
 class OpenLlama(LlamaHarness):
     """The llama harness, whose orders to its host can be read."""
 
-    def host_spec(self, plan: Plan, socket: Path, api_key: str) -> dict[str, Any]:
-        spec = super().host_spec(plan, socket, api_key)
+    def host_spec(self, plan: Plan, socket: Path, api_key: str, states: Path | None = None) -> dict[str, Any]:
+        spec = super().host_spec(plan, socket, api_key, states)
         note = Path(os.environ[SPECS]) / f"{plan.files.model_id}.json"
         note.touch(mode=0o600)
         note.write_text(json.dumps(spec))
@@ -107,7 +107,7 @@ def neuron(folder: Path, *, cores: str, toml: str = "") -> Iterator[Program]:
     config = folder / "neuron.toml"
     config.write_text(f"port = {port}\n{toml}\n")
     command = [sys.executable, "-c", "from bench.nodes import serve_neuron; serve_neuron()", config]
-    env = {"PYTHONPATH": OURS, SPECS: str(folder), "HF_HUB_OFFLINE": "1"}
+    env = {"PYTHONPATH": OURS, SPECS: str(folder), "HF_HUB_OFFLINE": "1", "CACHE_DIRECTORY": str(folder)}
     with running(command, cores=cores, log=folder / "neuron.log", env=env) as tree:
         wait_for_port(port, tree)
         program = Program(tree, port, folder)

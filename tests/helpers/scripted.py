@@ -9,9 +9,10 @@ Its model files are a line that begins with GGUF and goes on as JSON, the `Scrip
     noise                printed to stdout and stderr during the load
     deaf                 the engine never closes
     hold_interpreter     the load goes on for ever and holds the GIL, as an engine in C may
+    keeps                the engine has a prompt cache that can be saved (see Memory); "dies": and dies when restored to
 
-A request says what to do in its body: {"do": "answer" | "stream" | "stall" | "burn" | "die" | "lie"}. How often a
-model was loaded stands in a file beside it.
+A request says what to do in its body: {"do": "answer" | "stream" | "stall" | "burn" | "die" | "lie" | "talk"}. How
+often a model was loaded stands in a file beside it.
 """
 
 from __future__ import annotations
@@ -30,12 +31,23 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import xxhash
 
 from helexa.core.errors import BadRequest, HelexaError, NeverLoads
 from helexa.core.lifecycle import DeviceEstimate, Estimate, LoadRequest
 from helexa.core.relay.contract import Exchange
 from helexa.core.relay.upstream import Upstream
-from helexa.neuron.harness.base import FreeDevice, ModelFacts, ModelFiles, Plan, Prepared
+from helexa.neuron.harness.base import (
+    CACHE_BLOCK,
+    CacheFailed,
+    FreeDevice,
+    ModelFacts,
+    ModelFiles,
+    Plan,
+    Prepared,
+    Saved,
+    SlotUse,
+)
 
 EXIT_CODE = 7
 
@@ -50,6 +62,7 @@ class Script(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     deaf: bool = False
     hold_interpreter: bool = False
     truncated: bool = False
+    keeps: str | None = None
 
 
 def write_model(path: Path, script: Script | None = None) -> Path:
@@ -129,8 +142,13 @@ class ScriptedHarness:
         context = request.context or 4096
         return Plan(request, files, facts, Estimate(devices=[part], why=why), context, slots, (device.index,))
 
-    def host_spec(self, plan: Plan, socket: Path, api_key: str) -> dict[str, Any]:
-        return {"file": str(plan.files.files[0]), "socket": str(socket), "api_key": api_key}
+    def host_spec(self, plan: Plan, socket: Path, api_key: str, states: Path | None = None) -> dict[str, Any]:
+        return {
+            "file": str(plan.files.files[0]),
+            "socket": str(socket),
+            "api_key": api_key,
+            "states": str(states) if states else None,
+        }
 
     def serve(self, spec: dict[str, Any], progress: Callable[[float], None]) -> ScriptedEngine:
         path = Path(spec["file"])
@@ -152,10 +170,13 @@ class ScriptedHarness:
             os._exit(EXIT_CODE)
         if script.fail:
             raise RuntimeError(script.fail)
-        return ScriptedEngine(spec["socket"], spec["api_key"], script)
+        return ScriptedEngine(spec["socket"], spec["api_key"], script, spec["states"])
 
     def session(self, plan: Plan) -> ScriptedSession:
         return ScriptedSession()
+
+    def prompt_cache(self, plan: Plan) -> ScriptedCache | None:
+        return ScriptedCache(plan) if plan.facts.extra["script"].keeps else None
 
 
 class ScriptedSession:
@@ -172,11 +193,68 @@ class ScriptedSession:
         return len(body.split())
 
 
+class ScriptedCache:
+    def __init__(self, plan: Plan) -> None:
+        self.fingerprint = f"scripted {plan.context} {plan.slots}"
+
+    async def slots(self, engine: Upstream) -> list[SlotUse]:
+        answer = await engine.fetch("POST", "/slots", b"{}")
+        return [SlotUse(*slot) for slot in answer.json()]
+
+    async def save(self, engine: Upstream, slot: int, file: Path) -> Saved:
+        return Saved(*await self._act(engine, {"save": slot, "file": file.name}))
+
+    async def restore(self, engine: Upstream, slot: int, file: Path) -> None:
+        await self._act(engine, {"restore": slot, "file": file.name})
+
+    async def _act(self, engine: Upstream, order: dict[str, Any]) -> Any:
+        answer = await engine.fetch("POST", "/slots", json.dumps(order).encode())
+        if answer.status != 200:
+            raise CacheFailed(answer.body.decode())
+        return answer.json()
+
+
+class Memory:
+    """Two texts that the engine remembers, a character a token. A talk goes to the one that it begins with, else to
+    the one that was used least lately, and is answered with how many characters were known."""
+
+    def __init__(self, folder: str | None, dies: bool) -> None:
+        self._folder = folder
+        self._dies = dies
+        self._texts = ["", ""]
+        self._stamps: list[int | None] = [None, None]
+        self._stamp = 0
+
+    def talk(self, text: str) -> dict[str, int]:
+        known = [_shared(text, held) for held in self._texts]
+        slot = known.index(max(known)) if max(known) else min((1, 0), key=lambda i: self._stamps[i] or 0)
+        self._stamp += 1
+        self._texts[slot], self._stamps[slot] = text, self._stamp
+        return {"known": known[slot], "slot": slot}
+
+    def act(self, order: dict[str, Any]) -> Any:
+        if "file" not in order:
+            return [[i, len(self._texts[i]), self._stamps[i]] for i in (0, 1)]
+        assert self._folder is not None
+        file = Path(self._folder, order["file"])
+        if "save" in order:
+            assert file.stat().st_mode & 0o777 == 0o600
+            text = self._texts[order["save"]]
+            file.write_text(text)
+            ends = range(CACHE_BLOCK, len(text) + 1, CACHE_BLOCK)
+            return [len(text), [xxhash.xxh3_64_hexdigest(text[:end].encode()) for end in ends]]
+        if self._dies:
+            os._exit(EXIT_CODE)
+        self._texts[order["restore"]] = file.read_text()
+        return None
+
+
 class ScriptedEngine:
-    def __init__(self, socket: str, api_key: str, script: Script) -> None:
+    def __init__(self, socket: str, api_key: str, script: Script, states: str | None) -> None:
         self._script = script
         self._server = _Server(socket, _Handler)
         self._server.api_key = api_key
+        self._server.memory = Memory(states, script.keeps == "dies")
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
@@ -191,6 +269,7 @@ class _Server(socketserver.ThreadingUnixStreamServer):
     block_on_close = False
     request_queue_size = 64
     api_key = ""
+    memory: Memory
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -203,7 +282,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(401, {"error": "bad key"})
             return
         do = order.get("do", "answer")
-        if do == "answer":
+        if self.path == "/slots":
+            self._answer(200, self.server.memory.act(order))
+        elif do == "talk":
+            self._answer(200, self.server.memory.talk(order["text"]))
+        elif do == "answer":
             self._answer(200, {"pid": os.getpid()})
         elif do == "burn":  # a tenth of a second of work
             until = time.process_time() + 0.1
@@ -222,7 +305,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.rfile.read(1)  # until the client leaves
             self._chunk(b"")
 
-    def _answer(self, status: int, body: dict[str, Any]) -> None:
+    def _answer(self, status: int, body: Any) -> None:
         data = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(data)))
@@ -247,3 +330,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _script(path: Path) -> Script:
     return msgspec.json.decode(path.read_bytes()[4:], type=Script)
+
+
+def _shared(one: str, other: str) -> int:
+    """Characters that both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from helexa.core.errors import HelexaError
 from helexa.core.lifecycle import Estimate, LoadRequest
 from helexa.core.relay.contract import Exchange, Mend
 from helexa.core.relay.upstream import Upstream
+
+CACHE_BLOCK: Final = 256  # tokens; prompt caches are compared by these
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,47 @@ class Session(Protocol):
         """Prompt tokens of a chat body, rendered as the request itself would be."""
 
 
+@dataclass(frozen=True, slots=True)
+class SlotUse:
+    """What one slot of an engine holds. stamp grows with each request, over all slots; None: none has used this one
+    since the load."""
+
+    index: int
+    tokens: int
+    stamp: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What was written of a slot. blocks: a hash for each whole CACHE_BLOCK of tokens and all before them; empty where
+    the engine does not tell its tokens."""
+
+    tokens: int
+    blocks: tuple[str, ...]
+
+
+class CacheFailed(Exception):
+    """The engine did not write, or did not take, a prompt cache. str() is its reason."""
+
+
+class PromptCache(Protocol):
+    """The prompt cache of one loaded model, by slot, seen from the daemon. `engine` is where the model answers.
+
+    fingerprint: of all that a saved state depends on beside the model's files: the engine, its version and settings.
+    Raises CacheFailed, ConnectionError, TimeoutError.
+    """
+
+    fingerprint: str
+
+    async def slots(self, engine: Upstream) -> list[SlotUse]: ...
+
+    async def save(self, engine: Upstream, slot: int, file: Path) -> Saved:
+        """Into this file, which is there and empty, in the folder that host_spec was given."""
+
+    async def restore(self, engine: Upstream, slot: int, file: Path) -> None:
+        """Of an engine that runs no request."""
+
+
 class Harness(Protocol):
     """Made without arguments, in the daemon and again in each host process, which is told its class by name."""
 
@@ -121,11 +164,14 @@ class Harness(Protocol):
         """Context, slots, devices and estimate. Does not raise for what does not fit: estimate.why says so.
         Raises BadRequest for an impossible option, naming it."""
 
-    def host_spec(self, plan: Plan, socket: Path, api_key: str) -> dict[str, Any]:
-        """JSON-able orders for `serve`, which runs in another process."""
+    def host_spec(self, plan: Plan, socket: Path, api_key: str, states: Path | None = None) -> dict[str, Any]:
+        """JSON-able orders for `serve`, which runs in another process. states: the folder for saved prompt caches."""
 
     def serve(self, spec: dict[str, Any], progress: Callable[[float], None]) -> Any:
         """In the host process: load the model and answer HTTP on the socket. Blocks while loading; the returned
         object keeps the engine alive, and its `close()` ends it. Raises RuntimeError with a reason."""
 
     def session(self, plan: Plan) -> Session: ...
+
+    def prompt_cache(self, plan: Plan) -> PromptCache | None:
+        """None where this engine cannot save that of such a model."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helexa.core.lifecycle import LoadRequest
-from helexa.neuron.harness.base import FreeDevice, ModelFacts, ModelFiles, Plan, Session
+from helexa.neuron.harness.base import FreeDevice, ModelFacts, ModelFiles, Plan, PromptCache, Session
 
 if TYPE_CHECKING:
     from helexa.neuron.harness.llama.engine import Engine
@@ -43,7 +43,7 @@ class LlamaHarness:
 
         return plan(request, files, facts, devices)
 
-    def host_spec(self, plan: Plan, socket: Path, api_key: str) -> dict[str, Any]:
+    def host_spec(self, plan: Plan, socket: Path, api_key: str, states: Path | None = None) -> dict[str, Any]:
         files = plan.files
         return {
             "model_id": files.model_id,
@@ -53,6 +53,7 @@ class LlamaHarness:
             "lora": [str(path) for path in files.lora],
             "socket": str(socket),
             "api_key": api_key,
+            "states": str(states) if states else None,
             "options": plan.extra,
         }
 
@@ -70,3 +71,8 @@ class LlamaHarness:
         from helexa.neuron.harness.llama.session import LlamaSession
 
         return LlamaSession(plan)
+
+    def prompt_cache(self, plan: Plan) -> PromptCache | None:
+        from helexa.neuron.harness.llama.prompt_cache import LlamaPromptCache, can_save
+
+        return LlamaPromptCache(plan, self.engine_version()) if can_save(plan) else None

@@ -142,6 +142,8 @@ def build_params(spec: dict[str, Any]) -> Any:
     p.api_keys = [spec["api_key"]]
     p.n_threads_http = 2 * o["slots"] + HTTP_THREADS_SPARE  # a kept-alive connection holds a thread
     p.endpoint_slots = True
+    if spec["states"]:
+        p.slot_save_path = spec["states"].rstrip("/") + "/"  # it puts the name right behind
     p.endpoint_props = False  # changes by POST; reading is always there
     p.ui = False
     p.fit_params = False  # the plan has decided; it would load the vocabulary twice to decide again
