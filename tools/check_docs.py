@@ -261,9 +261,10 @@ def _instance_codes() -> Iterator[tuple[type[Any], str]]:
 
 def check_metrics() -> Iterable[Complaint]:
     from helexa.cortex.metrics import Metrics as CortexMetrics
+    from helexa.neuron.kv.store import Figures
     from helexa.neuron.metrics import Metrics as NeuronMetrics
 
-    node = NeuronMetrics(models=list, devices=list, health=list)
+    node = NeuronMetrics(models=list, devices=list, health=list, kv=Figures)
     expected: dict[tuple[str, str], list[str]] = {}
     for program, families in (("cortex", CortexMetrics().families({})), ("neuron", node.collect())):
         for family in families:

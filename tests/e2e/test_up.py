@@ -30,7 +30,7 @@ class Up:
 
     def __init__(self, *arguments: str, runtime: Path) -> None:
         command = [sys.executable, "-m", "helexa.cortex", "up", *arguments]
-        env = environment() | {"XDG_RUNTIME_DIR": str(runtime), "TMPDIR": str(runtime)}
+        env = environment() | {"XDG_RUNTIME_DIR": str(runtime), "TMPDIR": str(runtime), "CACHE_DIRECTORY": str(runtime)}
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
         )

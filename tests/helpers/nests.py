@@ -134,7 +134,8 @@ async def nest(
         return [DeviceHealth(index=0, vram_used_mb=total_mb - free, vram_free_mb=free)]
 
     with tempfile.TemporaryDirectory(prefix="helexa-test-") as run_dir:  # pytest's folders are too long for a socket
-        settings = {"models_dir": str(folder), "run_dir": run_dir, "spare_host": False, **settings}
+        kept = str(folder / "kv")
+        settings = {"models_dir": str(folder), "run_dir": run_dir, "spare_host": False, "kv_store_dir": kept} | settings
         wanted = NeuronSettings(**settings)
         nests: list[Nest] = []
         models = Models(

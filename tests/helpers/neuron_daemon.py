@@ -104,7 +104,8 @@ def neuron(
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("NEURON_", "CORTEX_", "HF_"))}
     # a socket's path may have 107 bytes, and pytest's folders have long names
     with tempfile.TemporaryDirectory(prefix="helexa-test-") as runtime:
-        clean |= {"PYTHONPATH": OURS, "HF_HOME": str(folder / "hf"), "XDG_RUNTIME_DIR": runtime} | (env or {})
+        clean |= {"PYTHONPATH": OURS, "HF_HOME": str(folder / "hf"), "CACHE_DIRECTORY": str(folder / "cache")}
+        clean |= {"XDG_RUNTIME_DIR": runtime} | (env or {})
         daemon = Daemon(["-m", module, "serve", "--config", str(config), "--port", "0", *args], clean)
         daemon.runtime = Path(runtime)
         try:

@@ -131,6 +131,10 @@ class NeuronSettings(Section, frozen=True):
     token: Text | None = None
     run_dir: Text | None = None  # sockets; left out: $XDG_RUNTIME_DIR/helexa, else a private folder in /tmp
     spare_host: bool = True  # keep one started host process waiting, so that a swap does not pay for its imports
+    kv_store: bool = True  # prompt caches of models that are unloaded stay on disk for their next load
+    kv_store_dir: Text | None = None  # left out: $CACHE_DIRECTORY/kv, $XDG_CACHE_HOME/helexa/kv or ~/.cache/helexa/kv
+    kv_store_limit_mb: Annotated[int, Meta(ge=1, le=2**31 - 1)] = 8192
+    kv_store_max_age_s: Seconds = 86_400
     body_limit_mb: BodyMB = 64
     drain_s: Grace = 30
     timeouts: Timeouts = Timeouts()

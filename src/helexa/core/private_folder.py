@@ -5,6 +5,7 @@ A process that was killed leaves its folder behind; the next one with the same p
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -49,3 +50,15 @@ def _sweep(base: Path, prefix: str) -> None:
             pass  # its process lives
         finally:
             os.close(lock)
+
+
+def make(path: Path) -> None:
+    """A lasting folder that only this user can enter: made so, or found so. Raises OSError where it is not."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.stat()
+    if found.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "it belongs to another user", str(path))
+    if found.st_mode & 0o077:
+        raise PermissionError(errno.EPERM, f"others may enter it; chmod 700 {path}", str(path))
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "it cannot be written to by this user", str(path))

@@ -154,7 +154,7 @@ def rm(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove a model's files from disk, unless it is loaded."""
+    """Remove a model's files from disk, unless it is loaded, and the prompt caches that were saved of it."""
     from helexa.core.errors import HelexaError
 
     settings = _settings(config)
@@ -163,6 +163,7 @@ def rm(
         removed = store.remove(ref, in_use=_files_in_use(settings, store))
     except HelexaError as err:
         fail_with(err)
+    _forget_states(settings, removed)
     if as_json:
         _print_json({"removed": [str(path) for path in removed]})
     else:
@@ -256,6 +257,22 @@ def _ask_daemon(settings: NeuronSettings) -> list[dict[str, Any]] | None:
         return asyncio.run(ask())
     except (OSError, TimeoutError, ValueError):
         return None
+
+
+def _forget_states(settings: NeuronSettings, removed: list[Path]) -> None:
+    from helexa.neuron.kv.store import KvStore, folder_of
+
+    folder = folder_of(settings, os.environ)
+    if folder is None or not folder.is_dir():
+        return
+    try:
+        kept = KvStore(folder, limit_mb=settings.kv_store_limit_mb, max_age_s=settings.kv_store_max_age_s)
+        count = kept.forget(removed)
+    except OSError as err:
+        print(f"neuron: prompt caches that were saved of it stay in {folder}: {err.strerror}", file=sys.stderr)
+        return
+    if count:
+        print(f"neuron: prompt caches that were saved of it are removed too: {count}", file=sys.stderr)
 
 
 def _files_in_use(settings: NeuronSettings, store: Store) -> set[Path]:

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from helexa.core.discovery import Device, DeviceHealth
 from helexa.core.lifecycle import ModelInfo, ModelStatus
 from helexa.core.relay.contract import Exchange, Usage
+from helexa.neuron.kv.store import Figures
 
 OTHER: Final = "other"
 LOAD_BUCKETS: Final = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600)
@@ -23,7 +24,8 @@ MB: Final = 1 << 20
 
 
 class Metrics(Collector):
-    """models, devices, health: what GET /models, /discovery and /health answer from."""
+    """models, devices, health: what GET /models, /discovery and /health answer from. kv: None while prompt caches are
+    not kept."""
 
     def __init__(
         self,
@@ -31,10 +33,12 @@ class Metrics(Collector):
         models: Callable[[], Iterable[ModelInfo]],
         devices: Callable[[], Iterable[Device]],
         health: Callable[[], Iterable[DeviceHealth]],
+        kv: Callable[[], Figures | None] = lambda: None,
     ) -> None:
         self._models = models
         self._devices = devices
         self._health = health
+        self._kv = kv
         self._tokens: dict[str, list[int]] = {}  # model -> prompt, completion, cached
         self._loads: dict[str, _Histogram] = {}
         self._status: dict[str, str] = {}
@@ -90,6 +94,8 @@ class Metrics(Collector):
         for model, histogram in self._loads.items():
             loads.add_metric([model], buckets=histogram.cumulative(), sum_value=histogram.sum)
         yield loads
+        if (kv := self._kv()) is not None:
+            yield from _kv_families(kv)
 
     def _device_memory(self) -> Metric:
         gauge = GaugeMetricFamily("neuron_device_memory_bytes", "Memory of each device.", labels=["device", "kind"])
@@ -121,6 +127,18 @@ class Metrics(Collector):
         yield status
         yield active
         yield queued
+
+
+def _kv_families(kv: Figures) -> Iterator[Metric]:
+    yield GaugeMetricFamily("neuron_kv_store_bytes", "Prompt caches on this node's disk.", value=kv.size_bytes)
+    yield GaugeMetricFamily("neuron_kv_store_states", "How many they are: one a conversation.", value=kv.states)
+    yield CounterMetricFamily("neuron_kv_saved", "Prompt caches written.", value=kv.saved)
+    yield CounterMetricFamily("neuron_kv_restored", "Prompt caches given back to a model.", value=kv.restored)
+    yield CounterMetricFamily(
+        "neuron_kv_dropped",
+        "Prompt caches removed: too old, too many, continued by another, or no match.",
+        value=kv.dropped,
+    )
 
 
 class _Histogram:

@@ -37,6 +37,7 @@ from helexa.neuron.discovery import Probe
 from helexa.neuron.harness import reference
 from helexa.neuron.harness.base import Harness
 from helexa.neuron.hosts import Hosts, give_back_freed
+from helexa.neuron.kv.store import Figures, open_store
 from helexa.neuron.listing import info_of, stored_info
 from helexa.neuron.planner import Planner
 from helexa.neuron.resident import BUSY, Counts, House, Resident
@@ -52,6 +53,7 @@ _log = logs.get("neuron.models")
 LOOK_S: Final = 1.0  # are the hosts at work?
 REFRESH_LOOKS: Final = 2  # every so many looks: the devices' and hosts' memory
 DISK_LOOKS: Final = 5  # ... and what is on disk
+SWEEP_LOOKS: Final = 60  # ... and how old the saved prompt caches are
 RETRY_S: Final = (5.0, 10.0, 20.0, 40.0, 60.0)  # a default model whose download failed: the network may be up later
 FORGET_ABOVE: Final = 100  # failed loads of names that are not on disk, kept for their reasons
 
@@ -69,7 +71,7 @@ class Models:
         publish: Callable[[str, dict[str, Any]], None],
         backoff_s: float = 0.5,
     ) -> None:
-        """Raises ConfigError where run_dir cannot be used."""
+        """Raises ConfigError where run_dir or kv_store_dir cannot be used."""
         self.counts = Counts()
         self._settings = settings
         self._harnesses = harnesses
@@ -87,6 +89,7 @@ class Models:
             RunDir(settings.run_dir, os.environ), isolation=settings.isolation, spare=settings.spare_host
         )
         self._planner = Planner(harnesses, self._devices)
+        self._kv_store = open_store(settings, os.environ)
         self._house = House(
             node=platform.node(),
             store=store,
@@ -95,12 +98,13 @@ class Models:
             hosts=self._hosts,
             counts=self.counts,
             changed=self._changed,
+            kv_store=self._kv_store,
             backoff_s=backoff_s,
         )
 
     async def start(self) -> None:
         """What is on disk and on the devices is known; default models load in the background."""
-        await asyncio.gather(self._devices.refresh(), self._scan())
+        await asyncio.gather(self._devices.refresh(), self._scan(), self._sweep())
         usable = await asyncio.to_thread(self._first_usable)
         self._hosts.spare_harness = None if usable is None else reference(usable)
         if not self._settings.default_models:
@@ -116,13 +120,14 @@ class Models:
             for resident in self._residents.values():
                 resident.shut_down(refusals.shutting_down)
 
-    async def stop(self) -> None:
-        """All hosts are gone, and the folder of their sockets. Bounded; what still runs is cut."""
+    async def stop(self, *, keep: bool = True) -> None:
+        """All hosts are gone, and the folder of their sockets. Bounded; what still runs is cut. keep: idle models save
+        their prompt caches."""
         self.close_admission()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(resident.stop() for resident in self._residents.values()))
+        await asyncio.gather(*(resident.stop(keep=keep) for resident in self._residents.values()))
         await self._hosts.close()
 
     # listings, from memory
@@ -146,6 +151,10 @@ class Models:
             return self._info(resident)
         stored = self._on_disk.get(model_id)
         return None if stored is None else stored_info(stored)
+
+    def kv_figures(self) -> Figures | None:
+        """None where prompt caches are not kept."""
+        return None if self._kv_store is None else self._kv_store.figures
 
     def device_health(self) -> list[DeviceHealth]:
         return self._devices.health()
@@ -316,6 +325,7 @@ class Models:
         for resident in residents:
             if resident.serving is not None:
                 resident.serving.host.look()
+                resident.save_ahead()
         if looks % REFRESH_LOOKS == 0:
             await self._devices.refresh()
             for resident in residents:
@@ -323,6 +333,15 @@ class Models:
                     self._changed(resident)
         if looks % DISK_LOOKS == 0:
             await self._scan()
+        if looks % SWEEP_LOOKS == 0:
+            await self._sweep()
+
+    async def _sweep(self) -> None:
+        if self._kv_store is not None:
+            try:
+                await asyncio.to_thread(self._kv_store.sweep)
+            except OSError as err:
+                self._kv_store.failed(str(err))
 
     async def _scan(self) -> None:
         """What is on disk; tells of what is new there, and of what is gone."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,9 +30,11 @@ from helexa.neuron.devices import Devices
 from helexa.neuron.harness import reference
 from helexa.neuron.harness.base import ModelFiles
 from helexa.neuron.hosts import QUIT_S, Host, HostFailed, Hosts
+from helexa.neuron.kv.keeper import Keeper
 from helexa.neuron.planner import Placed, Planner
 
 if TYPE_CHECKING:
+    from helexa.neuron.kv.store import KvStore
     from helexa.neuron.store import Store
 
 _log = logs.get("neuron.models")
@@ -43,6 +45,7 @@ CLOSING_TURNS: Final = 100  # of the loop; an aborted connection needs one or tw
 WORTH_TELLING: Final = 0.02  # of a model's memory
 PREFLIGHT_S: Final = 2.0  # what the Hub gets to refuse before a download counts as begun
 OUT_OF_MEMORY: Final = "out_of_memory"  # why a load failed, where more memory may mend it
+SAVE_S: Final = 5.0  # what an unload waits at most for its prompt cache to be written
 ETA_FROM: Final = 0.1  # of a load: before that its pace says nothing
 
 Status = ModelStatus
@@ -73,6 +76,7 @@ class House:
     hosts: Hosts
     counts: Counts
     changed: Callable[[Resident], None]
+    kv_store: KvStore | None = None  # None: prompt caches are not kept
     backoff_s: float = 0.5  # before the first recovery; doubles
 
 
@@ -84,6 +88,7 @@ class Serving:
     upstream: Upstream
     seats: Seats
     since: float
+    keeper: Keeper | None  # of its prompt cache, where that is kept
 
 
 class Resident:
@@ -147,8 +152,9 @@ class Resident:
         await self._outcome(load)
         return Status.LOADED
 
-    async def unload(self, *, drain_s: float = 0, force: bool = False) -> None:
-        """Returns when the process is gone. Conflict(model_in_use) while requests run, or still run after drain_s."""
+    async def unload(self, *, drain_s: float = 0, force: bool = False, keep: bool | None = None) -> None:
+        """Returns when the process is gone. Conflict(model_in_use) while requests run, or still run after drain_s.
+        keep: save its prompt cache if it is idle; left out: unless it is forced."""
         active = self.active
         if self.status is Status.LOADED and active and not force and drain_s <= 0:
             raise refusals.in_use(self.id, active)
@@ -160,7 +166,8 @@ class Resident:
                 await asyncio.wait({work})
         if self._unload is None or self._unload.done():
             self._cut.clear()
-            self._unload = _owned(self._run_unload(drain_s, force), f"unload {self.id}")
+            keep = not force if keep is None else keep
+            self._unload = _owned(self._run_unload(drain_s, force, keep), f"unload {self.id}")
         elif force:
             self._cut.set()
         await self._outcome(self._unload)
@@ -176,10 +183,10 @@ class Resident:
             if work is not None and not work.done():
                 work.cancel()
 
-    async def stop(self) -> None:
-        """Gone, whatever state it is in; bounded by what a host may take to end."""
+    async def stop(self, *, keep: bool) -> None:
+        """Gone, whatever state it is in; bounded by what a host may take to end, and a prompt cache to be saved."""
         try:
-            await self.unload(force=True)
+            await self.unload(force=True, keep=keep)
         except HelexaError as err:
             _log.warning("a model did not end well", model=self.id, error=err.message)
 
@@ -210,6 +217,12 @@ class Resident:
         before = sum(placed.claim.measured_mb.values())
         await self._house.devices.measure(placed.claim, serving.host)
         return abs(sum(placed.claim.measured_mb.values()) - before) > before * WORTH_TELLING
+
+    def save_ahead(self) -> None:
+        """Once a second: what an unload would have to write is written while nobody waits for it."""
+        serving = self.serving
+        if serving is not None and serving.keeper is not None and self.status is Status.LOADED:
+            serving.keeper.look(active=serving.seats.active, last_used=serving.seats.last_used)
 
     @property
     def is_idle(self) -> bool:
@@ -322,21 +335,28 @@ class Resident:
         upstream = Upstream(
             self.id, f"unix:{host.socket}", headers={"authorization": f"Bearer {key}"}, max_idle=plan.slots
         )
-        session = placed.harness.session(plan)
+        session, store = placed.harness.session(plan), house.kv_store
+        cache = None if store is None else placed.harness.prompt_cache(plan)
+        keeper = None if store is None or cache is None else Keeper(store, cache, plan, upstream)
         try:
-            spec = placed.harness.host_spec(plan, host.socket, key)
+            states = None if store is None or keeper is None else store.folder
+            spec = placed.harness.host_spec(plan, host.socket, key, states)
             await host.load(harness, spec, plan.files.size_bytes, self._on_fraction)
             await session.learn(upstream)
             await house.devices.measure(placed.claim, host)
+            if keeper is not None:
+                await keeper.restore()
         except BaseException as err:
-            upstream.close()
+            if keeper is not None:
+                keeper.close()
+            upstream.abort()
             await _surely(host.close(0))
             if isinstance(err, HostFailed):
                 cause = {"cause": OUT_OF_MEMORY} if err.out_of_memory else {}
                 raise LoadFailed(f"{self.id} could not be loaded: {err}", details=cause) from err
             raise
         seats = Seats(self.id, plan.slots, session, upstream, host.alive_at)
-        serving = Serving(host, upstream, seats, time.monotonic())
+        serving = Serving(host, upstream, seats, time.monotonic(), keeper)
         host.died.add_done_callback(lambda died: self._host_died(serving, died.result()))
         return serving
 
@@ -360,6 +380,8 @@ class Resident:
         self.become(Status.RECOVERING, error=reason)
         serving.seats.close(self._still_loading)
         serving.upstream.close()
+        if serving.keeper is not None:
+            serving.keeper.close()
         self._recovery = _owned(self._recover(reason, serving), f"recover {self.id}")
 
     async def _recover(self, reason: str, dead: Serving) -> None:
@@ -392,7 +414,7 @@ class Resident:
             self.load_seconds = round(time.monotonic() - started, 3)
             self._up()
 
-    async def _run_unload(self, drain_s: float, force: bool) -> None:
+    async def _run_unload(self, drain_s: float, force: bool, keep: bool) -> None:
         async with self._gate:
             if self.status is Status.FAILED:
                 self.become(Status.UNLOADED)
@@ -402,24 +424,23 @@ class Resident:
             self.become(Status.UNLOADING)
             serving.seats.close(self._unloading)
             if serving.seats.active and not force:
-                await self._drain(serving, drain_s)
+                await self._unless_cut(serving, serving.seats.idle(), drain_s)
             active = serving.seats.active
             if active and not (force or self._cut.is_set() or serving.host.died.done()):
                 serving.seats.reopen()
                 self.become(Status.LOADED)
                 raise refusals.in_use(self.id, active)
+            if keep and not active and serving.keeper is not None:
+                await self._unless_cut(serving, serving.keeper.save(serving.seats.last_used), SAVE_S)
             await self._end(serving, 0 if active else QUIT_S)
             self.become(Status.UNLOADED)
             self._house.devices.tell()
 
-    async def _drain(self, serving: Serving, drain_s: float) -> None:
-        """Until nobody is left, drain_s is over, the host died, or someone forces it."""
-        ends: list[asyncio.Future[Any]] = [
-            asyncio.ensure_future(serving.seats.idle()),
-            asyncio.ensure_future(self._cut.wait()),
-        ]
+    async def _unless_cut(self, serving: Serving, work: Awaitable[None], within_s: float) -> None:
+        """Until it is done, its time is over, the host died, or someone forces the unload."""
+        ends: list[asyncio.Future[Any]] = [asyncio.ensure_future(work), asyncio.ensure_future(self._cut.wait())]
         try:
-            await asyncio.wait([*ends, serving.host.died], timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*ends, serving.host.died], timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for end in ends:
                 end.cancel()
@@ -428,6 +449,8 @@ class Resident:
         """The process is gone, its memory is back."""
         self._last_used = max(self._last_used, serving.seats.last_used)
         self.serving = None
+        if serving.keeper is not None:
+            serving.keeper.close()
         serving.upstream.abort()
         # An engine in this process waits, with the interpreter in its hands, for its server's threads, and those for
         # their clients: a connection of ours that this loop had still to close would never be closed.

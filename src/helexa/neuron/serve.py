@@ -74,6 +74,7 @@ class Neuron:
             models=lambda: self._node.models.listing() if self._node else [],
             devices=lambda: self._node.discovery.devices if self._node else [],
             health=lambda: self._node.models.device_health() if self._node else [],
+            kv=lambda: self._node.models.kv_figures() if self._node else None,
         )
         self._request_log = RequestLog(_to_stderr, as_json=logs.writes_json(), now=time.time)
         self._director = NodeDirector(guard, self._metrics, self._request_log, stall_s=settings.timeouts.stall_s)
@@ -192,7 +193,7 @@ class Neuron:
         # An engine in this process that hangs with the interpreter in its hands can be ended by nothing else.
         faulthandler.dump_traceback_later(END_S, exit=True)
         if self._node is not None:
-            await self._node.models.stop()
+            await self._node.models.stop(keep=not self._hurry.is_set())
         self._hub.close()
         await self._server.close()
         self._request_log.flush()

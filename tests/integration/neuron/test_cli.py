@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 from tests.helpers.fake_hub import BreakOff, FakeHub
+from tests.helpers.kv_states import put
 from tests.helpers.neuron_daemon import neuron
 from tests.helpers.scripted import write_model
 
 from helexa import __version__
+from helexa.neuron.kv.store import KvStore
 
 MODEL = b"GGUF" + bytes(range(256)) * 4000  # by its beginning; no engine is asked to load it
 Result = subprocess.CompletedProcess[str]
@@ -33,7 +35,7 @@ class Cli:
         self.config = folder / "cli.toml"
         self.config.write_text(f'models_dir = "{self.models}"\nport = 1\n')
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("NEURON_", "HF_"))}
-        self.env = {**clean, "HF_HOME": str(folder / "hf"), "COLUMNS": "200"}
+        self.env = {**clean, "HF_HOME": str(folder / "hf"), "CACHE_DIRECTORY": str(folder / "cache"), "COLUMNS": "200"}
 
     def __call__(self, *args: str, config: bool = True) -> Result:
         command = [sys.executable, "-m", "helexa.neuron", *args]
@@ -111,6 +113,18 @@ def test_rm_removes_what_nobody_uses(cli: Cli) -> None:
     again = cli("rm", "tiny")
     assert again.returncode == 1
     assert "tiny" in again.stderr
+
+
+def test_rm_removes_the_prompt_caches_of_the_model_too(cli: Cli) -> None:
+    file, other = cli.models / "tiny.gguf", cli.models / "other.gguf"
+    file.write_bytes(MODEL)
+    kept = KvStore(cli.folder / "cache" / "kv", limit_mb=100, max_age_s=1000)
+    put(kept, "a conversation", files=[str(file)])
+    stays = put(kept, "another", files=[str(other)])
+    result = cli("rm", "tiny")
+    assert (result.returncode, result.stdout) == (0, f"{file}\n")
+    assert "prompt caches that were saved of it are removed too: 1" in result.stderr
+    assert [path.stem for path in kept.folder.glob("*.kv")] == [stays.name]
 
 
 def test_rm_leaves_a_file_that_some_process_has_mapped(cli: Cli) -> None:

@@ -10,6 +10,7 @@ from helexa.core.discovery import Device, DeviceHealth
 from helexa.core.errors import Dialect
 from helexa.core.lifecycle import ModelInfo
 from helexa.core.relay.contract import Endpoint, Exchange, Usage
+from helexa.neuron.kv.store import Figures
 from helexa.neuron.metrics import Metrics, tokens_of
 
 CHAT = Endpoint("/v1/chat/completions", Dialect.OPENAI, "/v1/chat/completions")
@@ -94,3 +95,11 @@ def test_a_load_is_timed_once_and_a_drain_that_ran_out_is_none() -> None:
     assert values["neuron_model_load_seconds_bucket", "0.25", "m"] == 0
     assert values["neuron_model_load_seconds_bucket", "0.5", "m"] == 1
     assert values["neuron_model_load_seconds_bucket", "+Inf", "m"] == 1
+
+
+def test_the_kv_store_is_shown_where_there_is_one() -> None:
+    kept = Metrics(models=list, devices=list, health=list, kv=lambda: Figures(size_bytes=78, states=2, saved=5))
+    values = exported(kept)
+    assert values["neuron_kv_store_bytes",] == 78
+    assert values["neuron_kv_saved_total",] == 5
+    assert ("neuron_kv_store_bytes",) not in exported(metrics())
