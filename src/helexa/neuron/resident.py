@@ -333,7 +333,7 @@ class Resident:
         except HostFailed as err:
             raise LoadFailed(f"{self.id} could not be loaded: {err}") from err
         upstream = Upstream(
-            self.id, f"unix:{host.socket}", headers={"authorization": f"Bearer {key}"}, max_idle=plan.slots
+            self.id, f"unix:{host.socket}", headers={"authorization": f"Bearer {key}"}, max_idle=plan.slots, renew=True
         )
         session, store = placed.harness.session(plan), house.kv_store
         cache = None if store is None else placed.harness.prompt_cache(plan)

@@ -46,6 +46,50 @@ async def _app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": answer})
 
 
+def test_a_connection_that_its_engine_closes_after_the_answer_is_replaced_before_the_next_request() -> None:
+    async def main() -> None:
+        async with RawUpstream(_answer_and_close) as engine:
+            host = Upstream("m", engine.url, renew=True)
+            try:
+                for asked in range(1, 4):
+                    await host.fetch("GET", "/slots", b"")
+                    await until(lambda asked=asked: engine.connections == asked + 1 and host.open_connections == 1)
+                    assert engine.requests == asked
+            finally:
+                host.close()
+            await until(lambda: host.open_connections == 0)
+            assert engine.connections == 4, "nothing is opened for a pool that is closed"
+
+    run(main())
+
+
+def test_a_replacement_that_nobody_used_is_not_replaced_again_when_the_engine_tires_of_it() -> None:
+    async def main() -> None:
+        accepted = 0
+
+        async def once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal accepted
+            accepted += 1
+            if accepted == 1:
+                await reader.readuntil(b"\r\n\r\n")
+                await _ok(reader, writer, b"")
+            writer.close()
+
+        server = await asyncio.start_server(once, "127.0.0.1", 0)
+        host = Upstream("m", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", renew=True)
+        await host.fetch("GET", "/slots")
+        await until(lambda: accepted == 2 and host.open_connections == 0)
+        assert not host._renewals
+        server.close()
+
+    run(main())
+
+
+async def _answer_and_close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
+    await _ok(reader, writer, request)
+    raise ConnectionError
+
+
 def test_a_call_ends_at_its_deadline_and_its_connection_with_it() -> None:
     async def main() -> None:
         async with RawUpstream(_hang) as silent:

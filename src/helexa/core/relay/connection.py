@@ -52,6 +52,7 @@ class Connection(asyncio.Protocol):
     passing:   whole events go to `write` as they come, and the owner is not asked; parts then keeps the last of them
     cut_usage: an event with usage ends the passing
     reads:     reads of this response
+    served:    it has carried a whole response
     framed:    the head announced a length or chunks; set by the owner, which reads the head
     """
 
@@ -76,6 +77,7 @@ class Connection(asyncio.Protocol):
         "reads",
         "rest",
         "reused",
+        "served",
         "status",
         "transport",
         "write",
@@ -86,7 +88,7 @@ class Connection(asyncio.Protocol):
         self.owner: Owner | None = None
         self.transport = cast("asyncio.Transport", None)
         self.closed = False
-        self.reused = False
+        self.reused = self.served = False
         self.parts: list[bytes] = []
         self._reset()
         self.parser = httptools.HttpResponseParser(self)
@@ -227,6 +229,7 @@ class Connection(asyncio.Protocol):
             self.transport.close()
             return
         self._reset()
+        self.served = True
         self.pool.give_back(self)
 
     def abort(self) -> None:

@@ -39,6 +39,8 @@ class Upstream:
 
     url:      "http://host:port[/base]" or "unix:/absolute/path"
     headers:  go with every request
+    renew:    a kept connection that the other end closed after it had answered is replaced at once, up to max_idle of
+              them idle: for an engine that closes after each stream, whose next request would pay for the opening
     Owned by one loop.
     """
 
@@ -50,6 +52,7 @@ class Upstream:
         headers: Mapping[str, str] | None = None,
         connect_s: float = 3.0,
         max_idle: int = 256,
+        renew: bool = False,
     ) -> None:
         self.name = name
         self.url = url
@@ -58,6 +61,8 @@ class Upstream:
         self.closing = False
         self._idle: list[Connection] = []
         self._open: set[Connection] = set()
+        self._renew = renew
+        self._renewals: set[asyncio.Task[None]] = set()
         self._heads: dict[str, bytes] = {}
         self._unix: str | None = None
         self._host, self._port, self._base = "", 0, ""
@@ -139,17 +144,33 @@ class Upstream:
         self._open.discard(connection)
         if connection.owner is None and connection in self._idle:
             self._idle.remove(connection)
+            if self._renew and connection.served and len(self._idle) + len(self._renewals) < self.max_idle:
+                task = asyncio.get_running_loop().create_task(self._replace())
+                self._renewals.add(task)
+                task.add_done_callback(self._renewals.discard)
+
+    async def _replace(self) -> None:
+        try:
+            made = await self.open()
+        except OSError:  # TimeoutError is one
+            return  # the next request opens its own, and tells
+        self._idle.append(made)  # one that the other end closes unused is not replaced again
+
+    def _stop_renewing(self) -> None:
+        self.closing = True
+        for task in self._renewals:
+            task.cancel()
 
     def close(self) -> None:
         """Close what is idle; connections in use end with their request."""
-        self.closing = True
+        self._stop_renewing()
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.transport.close()
 
     def abort(self) -> None:
         """Cut every connection, those in use too: their owners hear of it in the loop's next turn."""
-        self.closing = True
+        self._stop_renewing()
         for connection in list(self._open):
             connection.transport.abort()
 
