@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.helpers.aio import run
 from tests.helpers.exchanges import CHAT, COMPLETIONS, exchange
 from tests.helpers.llama_engine import KEY, engine
+from tests.helpers.tiny_gguf import chat_model
 
 from helexa.core import sse
 from helexa.core.errors import BadRequest, ContextLengthExceeded, HelexaError
@@ -105,6 +107,16 @@ class Model:
         *events, done = sse.EventReader().feed(raw)
         assert done.data == b"[DONE]"
         return [json.loads(event.data) for event in events]
+
+    def learn(self) -> None:
+        async def learn() -> None:
+            upstream = Upstream("engine", self._address, headers={"authorization": f"Bearer {KEY}"})
+            try:
+                await self._session.learn(upstream)
+            finally:
+                upstream.close()
+
+        run(learn())
 
     def count(self, body: dict[str, Any]) -> int:
         async def count() -> int:
@@ -268,6 +280,33 @@ def test_log_probabilities_are_what_was_asked_for(plain: Model) -> None:
     told = plain.whole({"prompt": "Once", "logprobs": 2, "max_tokens": 2}, COMPLETIONS)["choices"][0]
     assert "".join(told["logprobs"]["tokens"]) == told["text"]
     assert [len(top) for top in told["logprobs"]["top_logprobs"]] == [2, 2]
+
+
+def test_an_echo_begins_with_the_prompt_and_changes_nothing_else(plain: Model) -> None:
+    body = {"prompt": ["Once upon a time", "The sky"], "max_tokens": 3}
+    without = [choice["text"] for choice in plain.whole(body, COMPLETIONS)["choices"]]
+    for answer in (
+        plain.whole(body | {"echo": True}, COMPLETIONS),
+        collected(plain.streamed(body | {"echo": True}, COMPLETIONS)),
+    ):
+        assert [c["text"] for c in answer["choices"]] == [a + b for a, b in zip(body["prompt"], without, strict=True)]
+
+
+def test_a_suffix_is_filled_in_where_the_model_has_the_tokens_for_it(tmp_path: Path, plain: Model) -> None:
+    body = {"prompt": "a b", "suffix": " c d", "max_tokens": 3}
+    with pytest.raises(BadRequest) as refused:
+        plain.ask(body, COMPLETIONS)
+    assert refused.value.param == "suffix"
+    marks = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+    with engine(tmp_path, chat_model(tmp_path / "coder.gguf", controls=marks)) as (address, session):
+        coder = Model(address, session)
+        coder.learn()
+        written = coder.whole(
+            {"prompt": "<|fim_prefix|>a b<|fim_suffix|> c d<|fim_middle|>", "max_tokens": 3}, COMPLETIONS
+        )
+        filled = coder.whole(body, COMPLETIONS)
+    assert filled["choices"][0]["text"] == written["choices"][0]["text"]
+    assert filled["usage"]["prompt_tokens"] == written["usage"]["prompt_tokens"] < 15
 
 
 def test_reasoning_is_counted_apart(tooled: Model) -> None:

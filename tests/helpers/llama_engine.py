@@ -39,11 +39,11 @@ def smollm2() -> Path:
 
 
 @contextmanager
-def engine(folder: Path, **profile: Any) -> Iterator[tuple[str, Session]]:
+def engine(folder: Path, model: Path | None = None, **profile: Any) -> Iterator[tuple[str, Session]]:
     """The address of its socket, and the session of its plan. profile: fields of the load request."""
     harness = LlamaHarness()
     request = LoadRequest(model_id="smol", **({"slots": 2, "context": 2048, "threads": 1, "batch": 128} | profile))
-    files = ModelFiles("smol", (smollm2(),))
+    files = ModelFiles("smol", (model or smollm2(),))
     plan: Plan = harness.plan(
         request, files, harness.inspect(files, request), [FreeDevice(0, "cpu", "cpu", 8000, 8000)]
     )

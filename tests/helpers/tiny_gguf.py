@@ -5,6 +5,7 @@ Their answers are noise; what they show is that a path works: chat, draft, adapt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,22 @@ class Shape:
 
 
 def chat_model(
-    path: Path, shape: Shape | None = None, *, seed: int = 0, template: str | None = CHATML, **metadata: Any
+    path: Path,
+    shape: Shape | None = None,
+    *,
+    seed: int = 0,
+    template: str | None = CHATML,
+    controls: Sequence[str] = (),
+    **metadata: Any,
 ) -> Path:
     """A llama that babbles. Two with the same seed and other layers make a model and its draft.
 
+    controls: further control tokens, such as those for filling in
     metadata: further keys ("general.alignment" and such), written as they are.
     """
     shape = shape or Shape()
     rng = np.random.default_rng(seed)
-    tokens, scores, kinds = _spm_vocabulary()
+    tokens, scores, kinds = _spm_vocabulary(controls)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_file_type(0)
@@ -236,10 +244,10 @@ def split_model(folder: Path, parts: int = 2) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def _spm_vocabulary() -> tuple[list[str], list[float], list[int]]:
+def _spm_vocabulary(controls: Sequence[str] = ()) -> tuple[list[str], list[float], list[int]]:
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?'\"(){}[]<>|/_-"
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *letters]
-    kinds = [_UNKNOWN, _CONTROL, _CONTROL, *[_BYTE] * 256, *[_NORMAL] * (len(letters) + 1)]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *letters, *controls]
+    kinds = [_UNKNOWN, _CONTROL, _CONTROL, *[_BYTE] * 256, *[_NORMAL] * (len(letters) + 1), *[_CONTROL] * len(controls)]
     return tokens, [-float(i) for i in range(len(tokens))], kinds
 
 

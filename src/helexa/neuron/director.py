@@ -10,6 +10,7 @@ from collections.abc import Awaitable
 from typing import Final
 
 from helexa.core import logs
+from helexa.core.dialects.neuron_request import dropped_line
 from helexa.core.errors import HelexaError, Overloaded
 from helexa.core.relay.contract import Exchange, Route
 from helexa.core.request_log import RequestLog
@@ -83,6 +84,7 @@ def _seated(exchange: Exchange, seat: Seat) -> Route:
     except BaseException:
         seat.release()
         raise
+    exchange.headers_back = dropped_line(prepared.dropped)
     return Route(
         upstream=seat.upstream,
         body=prepared.body,

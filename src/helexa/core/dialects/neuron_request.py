@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,8 +39,12 @@ class ChatBody:
 
     @property
     def dropped_header(self) -> bytes:
-        """The header line for the client, CRLF included; empty where nothing was dropped."""
-        if not self.dropped:
-            return b""
-        names = [_UNPRINTABLE.sub("_", name)[:64] for name in self.dropped]
-        return b"x-helexa-dropped: " + ", ".join(names).encode()[:2048] + b"\r\n"
+        return dropped_line(self.dropped)
+
+
+def dropped_line(dropped: Sequence[str]) -> bytes:
+    """The header line for the client, CRLF included; empty where nothing was dropped."""
+    if not dropped:
+        return b""
+    names = [_UNPRINTABLE.sub("_", name)[:64] for name in dropped]
+    return b"x-helexa-dropped: " + ", ".join(names).encode()[:2048] + b"\r\n"

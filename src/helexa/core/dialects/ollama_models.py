@@ -23,7 +23,6 @@ _CAPABILITIES: Final = {
     "tools": "tools",
     "reasoning": "thinking",
     "vision": "vision",
-    "infill": "insert",
     "embed": "embedding",
 }
 

@@ -81,6 +81,7 @@ class Prepared:
     mend: Mend | None = None
     first_event: bool = False
     content_type: bytes | None = None  # told to the client in place of the engine's: the mend collects a stream
+    dropped: tuple[str, ...] = ()  # what the answer is made without, by name, for `x-helexa-dropped`
     cut_progress: bool = False  # the engine tells of its prefill so that it notices a client that left; not to be shown
 
 

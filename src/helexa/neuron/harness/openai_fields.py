@@ -115,6 +115,7 @@ class Generation(msgspec.Struct):
     json_schema: dict[str, Any] | bool | None = None
     response_format: ResponseFormat | None = None
     user: str | None = None
+    service_tier: Any = None
     timings_per_token: bool | None = None
     # Samplers of llama.cpp that could take a node down, or go round our own checks.
     repeat_last_n: int | None = None
@@ -165,6 +166,12 @@ class ChatRequest(Generation):
     function_call: Any = None
     web_search_options: dict[str, Any] | None = None
     store: bool | None = None
+    # Known, and answered without.
+    verbosity: Any = None
+    prediction: Any = None
+    moderation: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
 
     @property
     def forced_tool(self) -> bool:
@@ -178,6 +185,12 @@ class CompletionRequest(Generation):
     echo: bool | None = None
     best_of: int | None = None
     suffix: str | None = None
+
+    @property
+    def texts(self) -> list[str] | None:
+        """The prompts; None where they are tokens."""
+        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt or []
+        return prompts if all(isinstance(prompt, str) for prompt in prompts) else None
 
 
 class EmbeddingRequest(msgspec.Struct):
@@ -193,6 +206,14 @@ class RerankRequest(msgspec.Struct):
     documents: list[str | dict[str, Any]] | None = None
     top_n: int | None = None
     return_documents: bool | None = None
+    # Known, and not ours to honour.
+    rank_fields: Any = None
+    return_embeddings: bool | None = None
+    max_chunks_per_doc: Any = None
+    max_tokens_per_doc: Any = None
+    truncation: Any = None
+    truncate: Any = None
+    priority: Any = None
 
 
 _chat = msgspec.json.Decoder(ChatRequest)
@@ -248,10 +269,12 @@ def read_completion(body: bytes, *, max_choices: int, context: int) -> Completio
     _check_limit("max_completion_tokens", asked.max_completion_tokens)
     if asked.logprobs is not None:
         _check_range("logprobs", asked.logprobs, 0, MAX_TOP_LOGPROBS)
-    if asked.echo:
-        raise _bad("echo", "is not supported: the answer holds only what was generated")
-    if asked.suffix:
-        raise _bad("suffix", "is not supported; put the model's own fill-in-the-middle tokens into the prompt")
+    if asked.echo and asked.logprobs is not None:
+        raise _bad("echo", "cannot go with `logprobs`: those of the prompt are not known")
+    if asked.echo and asked.texts is None:
+        raise _bad("echo", "needs the prompt as text, not as tokens")
+    if asked.suffix and not isinstance(asked.prompt, str):
+        raise _bad("suffix", "needs one prompt, as text")
     if asked.best_of is not None and asked.best_of != (asked.n or 1):
         raise _bad("best_of", "is not supported beyond `n`; ask for `n` answers and choose")
     return asked
@@ -283,6 +306,10 @@ def read_rerank(body: bytes) -> RerankRequest:
             raise _bad(f"documents[{i}].text", "is required: a text")
     if asked.top_n is not None:
         _check_range("top_n", asked.top_n, 1, None)
+    if asked.rank_fields is not None:
+        raise _bad("rank_fields", "is not supported; send each document's text as it is to be ranked")
+    if asked.return_embeddings:
+        raise _bad("return_embeddings", "cannot be true: use /v1/embeddings")
     return asked
 
 

@@ -15,7 +15,7 @@ ENTRY: dict[str, Any] = {
     "created": 1_764_000_000,
     "max_model_len": 4096,
     "meta": {"n_ctx": 4096, "n_ctx_train": 8192, "n_params": 134_515_008, "size": 105_454_432},
-    "capabilities": ["chat", "tools", "reasoning", "vision", "infill"],
+    "capabilities": ["chat", "tools", "reasoning", "vision"],
 }
 SAID = [ModelInfo(id="a", status="loaded"), ModelInfo(id="a", status="unloaded", architecture="llama", quant="Q4_K_M")]
 UNKNOWN: dict[str, Any] = {"id": "new", "created": 1_764_000_000}
@@ -33,7 +33,7 @@ def test_a_model_is_listed_by_its_id_with_what_is_known() -> None:
         "parameter_size": "134.52M",
         "quantization_level": "Q4_K_M",
     }
-    assert found["capabilities"] == ["completion", "tools", "thinking", "vision", "insert"]
+    assert found["capabilities"] == ["completion", "tools", "thinking", "vision"]
 
 
 def test_a_model_of_which_nothing_is_known_is_listed_all_the_same() -> None:

@@ -101,6 +101,7 @@ CASES: dict[str, tuple[dict[str, Any], str, tuple[str, ...], list[Any]]] = {
     "choices": ({"messages": MESSAGES, "n": 2}, CHAT, ("chat",), TWO_CHOICES),
     "choices, stop": ({"messages": MESSAGES, "n": 2, "stop": "x"}, CHAT, ("chat",), TWO_CHOICES),
     "prompts": ({"prompt": ["a", "b"]}, COMPLETIONS, ("chat",), TWO_PROMPTS),
+    "prompts, echo": ({"prompt": ["a", "b"], "echo": True}, COMPLETIONS, ("chat",), TWO_PROMPTS),
     "reasoning": ({"messages": MESSAGES}, CHAT, ("chat", "reasoning"), THOUGHTS),
     "logprobs": ({"prompt": "a", "logprobs": 1}, COMPLETIONS, ("chat",), LOGPROBS),
 }
@@ -181,6 +182,15 @@ def test_one_usage_counts_every_choice_and_the_prompt_once() -> None:
     assert answer["usage"] == engine.usage_of(4, 7, 5)
     assert [c["message"]["content"] for c in answer["choices"]] == ["yé", "x"]
     assert answer["object"] == "chat.completion"
+
+
+def test_an_echo_begins_each_choice_with_its_prompt() -> None:
+    body = {"prompt": ["One", "Two"], "echo": True, "n": 1}
+    progress = engine.completion(0, "", prompt_progress={"total": 5, "cache": 0, "processed": 5})
+    served = session().prepare(exchange(body, COMPLETIONS))
+    assert served.mend is not None
+    answer = json.loads(served.mend.feed(engine.frames([progress, *TWO_PROMPTS])) + served.mend.finish())
+    assert [choice["text"] for choice in answer["choices"]] == ["Onea", "Twob"]
 
 
 def test_usage_of_several_prompts_counts_each_prompt() -> None:

@@ -6,10 +6,13 @@ import json
 from typing import Any
 
 import pytest
+from tests.helpers.aio import run
 from tests.helpers.exchanges import CHAT, COMPLETIONS, exchange, session
 
 from helexa.core.errors import BadRequest, UnsupportedModality, WrongTask
+from helexa.core.relay.upstream import Answer, Upstream
 from helexa.neuron.harness.base import Prepared
+from helexa.neuron.harness.llama import infill
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]}
@@ -261,6 +264,43 @@ def test_log_probabilities_without_alternatives_are_asked_with_one() -> None:
     assert sent(session().prepare(exchange({"messages": MESSAGES, "logprobs": True})))["top_logprobs"] == 1
     body = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 3}
     assert session().prepare(exchange(body | {"stream": True})).mend is None
+
+
+class Tokenizer(Upstream):
+    """Knows these as one token each, and nothing else."""
+
+    def __init__(self, *known: str) -> None:
+        super().__init__("engine", "unix:/nowhere")
+        self._known = known
+
+    async def fetch(self, method: str, path: str, body: bytes | None = None, **more: Any) -> Answer:
+        assert body is not None
+        asked = json.loads(body)
+        if path != "/tokenize":
+            return Answer(404, {}, b"{}")
+        assert asked["parse_special"]
+        assert not asked["add_special"]
+        text: str = asked["content"]
+        for known in self._known:
+            text = text.replace(known, "\0")
+        return Answer(200, {}, json.dumps({"tokens": list(text)}).encode())
+
+
+@pytest.mark.parametrize("marks", infill.KNOWN)
+def test_a_suffix_is_filled_in_with_the_model_s_own_tokens(marks: infill.Marks) -> None:
+    model = session()
+    run(model.learn(Tokenizer(marks.prefix, marks.suffix, marks.middle)))
+    body = json.loads(model.prepare(exchange({"prompt": "a", "suffix": "b"}, COMPLETIONS)).body or b"")
+    assert body["prompt"] == f"{marks.prefix}a{marks.suffix}b{marks.middle}"
+    assert body["suffix"] is None
+
+
+def test_a_suffix_for_a_model_that_cannot_fill_in_is_refused() -> None:
+    model = session()
+    run(model.learn(Tokenizer()))
+    with pytest.raises(BadRequest) as refused:
+        model.prepare(exchange({"prompt": "a", "suffix": "b"}, COMPLETIONS))
+    assert refused.value.param == "suffix"
 
 
 def test_a_completion_honours_a_response_format_as_its_schema() -> None:

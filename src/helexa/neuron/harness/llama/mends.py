@@ -9,6 +9,7 @@ the same.
     Usages      one usage for all choices (the engine gives each choice its own)
     Reasoning   completion_tokens_details.reasoning_tokens
     TopLogprobs as many alternatives as were asked for
+    Echo        the prompt before a completion
     Completion logprobs and a forced or a described tool call have modules of their own (mends_logprobs, mends_tools).
 """
 
@@ -255,6 +256,28 @@ class TopLogprobs:
         for choice in chunk.get("choices") or ():
             for token in (choice.get("logprobs") or {}).get("content") or ():
                 token["top_logprobs"] = token.get("top_logprobs", [])[: self._top]
+        return [chunk]
+
+    def end(self) -> Sequence[Chunk]:
+        return []
+
+
+class Echo:
+    """`echo` of a completion: each choice begins with its prompt. per_prompt: choices for each (`n`)."""
+
+    def __init__(self, prompts: Sequence[str], *, per_prompt: int) -> None:
+        self._prompts = prompts
+        self._per_prompt = per_prompt
+        self._begun: set[int] = set()
+
+    def chunk(self, chunk: Chunk) -> Sequence[Chunk]:
+        if "prompt_progress" in chunk:  # not every client is shown it
+            return [chunk]
+        for choice in chunk.get("choices") or ():
+            index = choice.get("index", 0)
+            if index not in self._begun:
+                self._begun.add(index)
+                choice["text"] = self._prompts[index // self._per_prompt] + (choice.get("text") or "")
         return [chunk]
 
     def end(self) -> Sequence[Chunk]:

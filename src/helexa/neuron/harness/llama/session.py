@@ -7,6 +7,7 @@ answer in one piece is always asked as a stream and collected by its mend.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
@@ -17,20 +18,20 @@ from helexa.core.errors import BadRequest, HelexaError, UnsupportedModality, Wro
 from helexa.core.relay.contract import Exchange
 from helexa.core.relay.upstream import Upstream
 from helexa.neuron.harness import openai_fields as fields
-from helexa.neuron.harness import system_messages
+from helexa.neuron.harness import openai_lists, system_messages
 from helexa.neuron.harness.base import Plan, Prepared
-from helexa.neuron.harness.llama import refusals
-from helexa.neuron.harness.llama.mends import AnswerMend, Reasoning, RerankMend, Step, Stops, TopLogprobs, Usages
+from helexa.neuron.harness.llama import infill, refusals
+from helexa.neuron.harness.llama.mends import AnswerMend, Echo, Reasoning, RerankMend, Step, Stops, TopLogprobs, Usages
 from helexa.neuron.harness.llama.mends_collect import Collector
 from helexa.neuron.harness.llama.mends_logprobs import CompletionLogprobs
 from helexa.neuron.harness.llama.mends_tools import WrittenCalls, call_schema
 from helexa.neuron.harness.llama.tools_as_text import messages_with_tools, needs_text
 from helexa.neuron.harness.splice import members, prepend, splice
 
-CHAT: Final = "/v1/chat/completions"
-COMPLETIONS: Final = "/v1/completions"
-EMBEDDINGS: Final = "/v1/embeddings"
-RERANK: Final = "/v1/rerank"
+CHAT: Final = openai_lists.CHAT
+COMPLETIONS: Final = openai_lists.COMPLETIONS
+EMBEDDINGS: Final = openai_lists.EMBEDDINGS
+RERANK: Final = openai_lists.RERANK
 
 # Which tasks of a model answer which endpoint. A model without a chat template still completes.
 _TASKS: Final = {
@@ -55,6 +56,10 @@ class _Rendered(msgspec.Struct):
     prompt: str
 
 
+class _Tokenized(msgspec.Struct):
+    tokens: list[Any]
+
+
 class LlamaSession:
     """Belongs to the daemon's loop. One for each loaded model, shared by all its requests."""
 
@@ -66,6 +71,7 @@ class LlamaSession:
         self._abilities = frozenset(plan.facts.capabilities)
         self._n_embd: int | None = plan.facts.extra.get("n_embd")
         self._merges_system = plan.request.merge_system  # None: not known yet
+        self._infill: infill.Marks | None = None
         self._prepare: dict[str, Callable[[Exchange], Prepared]] = {
             CHAT: self._chat,
             COMPLETIONS: self._completion,
@@ -74,7 +80,12 @@ class LlamaSession:
         }
 
     async def learn(self, engine: Upstream) -> None:
-        """Whether the chat template takes system messages as they stand."""
+        """Whether the chat template takes system messages as they stand, and how the model fills in."""
+        try:
+            async with asyncio.timeout(LEARN_S):
+                await self._learn_infill(engine)
+        except (OSError, TimeoutError, ValueError):
+            pass  # as below
         if self._merges_system is None and self._task == "chat":
             try:
                 answer = await engine.fetch("POST", "/apply-template", system_messages.PROBE, timeout_s=LEARN_S)
@@ -82,6 +93,16 @@ class LlamaSession:
             except (OSError, TimeoutError, ValueError):  # not JSON is a ValueError too
                 return  # an engine that does not answer: its end is noticed elsewhere
             self._merges_system = not system_messages.are_shown(rendered)
+
+    async def _learn_infill(self, engine: Upstream) -> None:
+        if self._task not in _TASKS[COMPLETIONS]:
+            return
+        for marks, text in infill.probes():
+            order = _encode({"content": text, "add_special": False, "parse_special": True})
+            answer = await engine.fetch("POST", "/tokenize", order)
+            if answer.status == 200 and infill.has(answer.json(_Tokenized).tokens):
+                self._infill = marks
+                return
 
     def prepare(self, exchange: Exchange) -> Prepared:
         """HOT for a chat: one decode of the fields we judge, and one splice."""
@@ -214,8 +235,23 @@ class LlamaSession:
             # The engine reads it for chat only; `json_schema` means the same here.
             schema = asked.wanted_schema
             values["json_schema"] = _encode(schema if schema is not None else {"type": "object"})
+        if asked.echo:
+            steps.append(Echo(asked.texts or [], per_prompt=asked.n or 1))
+        if asked.suffix:
+            values |= {"prompt": self._filled_in(asked), "suffix": _NULL}
         prompts = len(asked.prompt) if isinstance(asked.prompt, list) and type(asked.prompt[0]) is not int else 1
         return self._mended(exchange, asked, values, steps, prompts=prompts)
+
+    def _filled_in(self, asked: fields.CompletionRequest) -> bytes:
+        """Prompt and suffix as the one text that the model was trained to fill in."""
+        if self._infill is None:
+            raise BadRequest(
+                f"`suffix` is not supported by {self._model}: it has no tokens for filling in between two texts.",
+                param="suffix",
+            )
+        assert isinstance(asked.prompt, str)
+        assert asked.suffix is not None
+        return _encode(self._infill.prompt(asked.prompt, asked.suffix))
 
     def _mended(
         self, exchange: Exchange, asked: fields.Generation, values: dict[str, bytes], steps: list[Step], *, prompts: int
@@ -247,6 +283,7 @@ class LlamaSession:
             body=_spliced(exchange.body, asked, values),
             mend=self._mend(exchange, steps),
             first_event=is_chat and stream,
+            dropped=openai_lists.dropped(asked, exchange.endpoint.upstream_path),
             content_type=None if stream else _JSON,
             cut_progress=stream and asked.return_progress is not True,
         )
@@ -277,7 +314,8 @@ class LlamaSession:
         body = None
         if any(isinstance(document, dict) for document in documents):
             body = splice(exchange.body, {"documents": _encode([fields.text_of(d) for d in documents])})
-        return Prepared(body=body, mend=RerankMend(documents) if asked.return_documents else None)
+        mend = RerankMend(documents) if asked.return_documents else None
+        return Prepared(body=body, mend=mend, dropped=openai_lists.dropped(asked, RERANK))
 
     def _wrong_task(self, path: str) -> WrongTask:
         home = _HOME.get(self._task)
