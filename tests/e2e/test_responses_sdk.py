@@ -132,6 +132,17 @@ def test_a_conversation_goes_on_by_id_and_is_kept_until_it_is_deleted(site: Site
             client.responses.retrieve(by_hand.id)
 
 
+def test_a_prompt_counts_as_its_request_does(site: Site) -> None:
+    with site.client as client:
+        first = client.responses.create(**ASK)
+        ask: dict[str, Any] = {"model": MODEL, "input": "And in Rome?", "tools": [WEATHER]}
+        counted = client.responses.input_tokens.count(**ask, previous_response_id=first.id)
+        response = client.responses.create(**ask, previous_response_id=first.id, max_output_tokens=4)
+    assert response.usage is not None
+    assert response.usage.input_tokens == counted.input_tokens
+    assert counted.object == "response.input_tokens"
+
+
 def test_what_is_kept_belongs_to_its_key(site: Site) -> None:
     with site.client as client:
         first = client.responses.create(**ASK)

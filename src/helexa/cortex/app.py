@@ -46,6 +46,7 @@ ENDPOINTS: Final = (
     Endpoint("/v1/embeddings", Dialect.OPENAI, "/v1/embeddings", generates=False),
     Endpoint("/v1/rerank", Dialect.OPENAI, "/v1/rerank", generates=False),
     Endpoint("/v1/responses", Dialect.OPENAI, "/v1/chat/completions"),
+    Endpoint("/v1/responses/input_tokens", Dialect.OPENAI, "/v1/tokens/count", generates=False),
     Endpoint("/v1/messages", Dialect.ANTHROPIC, "/v1/chat/completions"),
     Endpoint("/api/chat", Dialect.OLLAMA, "/v1/chat/completions", streams=True),
     Endpoint("/api/generate", Dialect.OLLAMA, "/v1/chat/completions", streams=True),

@@ -131,6 +131,7 @@ def not_found(what: str, its_id: str) -> NotFound:
 
 
 class _Answered(msgspec.Struct):
+    status: str = "completed"
     output: list[wire.Item] = []
 
 
@@ -160,12 +161,11 @@ def conversation(records: Sequence[Record]) -> list[wire.Item]:
     """What was said, in order. A call that was cut off was never run, so that the model need not see it."""
     said: list[wire.Item] = []
     for record in records:
-        said += _items(record.input)
-        said += [
-            item
-            for item in _answered(record.response).output
-            if item.type != "function_call" or item.status != "incomplete"
-        ]
+        answered = _answered(record.response)
+        whole = answered.output
+        if whole and answered.status != "completed" and whole[-1].type in ("function_call", "custom_tool_call"):
+            whole = whole[:-1]
+        said += [*_items(record.input), *whole]
     return said
 
 

@@ -16,6 +16,7 @@ _TASKS: Final[dict[str, frozenset[str]]] = {
     "/v1/chat/completions": _GENERATION,
     "/v1/messages": _GENERATION,
     "/v1/messages/count_tokens": _GENERATION,
+    "/v1/responses/input_tokens": _GENERATION,
     "/v1/responses": _GENERATION,
     "/api/chat": _GENERATION,
     "/api/generate": _GENERATION,

@@ -190,11 +190,11 @@ def test_a_conversation_is_all_that_a_response_continues() -> None:
         chain(store, ME, "resp_hx3")
 
 
-def test_a_call_that_was_cut_off_is_not_shown_again() -> None:
-    call = {"type": "function_call", "id": "fc_hx1o0", "call_id": "c", "name": "f", "arguments": '{"a'}
-    cut, whole = ({**call, "status": status} for status in ("incomplete", "completed"))
-    said = conversation([record(1, output=[cut]), record(2, output=[whole])])
-    assert [item.status for item in said if item.type == "function_call"] == ["completed"]
+@pytest.mark.parametrize("kind", ["function_call", "custom_tool_call"])
+def test_a_call_that_was_cut_off_is_not_shown_again(kind: str) -> None:
+    calls = [{"type": kind, "call_id": name, "name": "f"} for name in "ab"]
+    said = conversation([record(1, output=calls), record(2, output=calls, status="incomplete")])
+    assert [item.call_id for item in said if item.type == kind] == ["a", "b", "a"]
 
 
 def test_an_item_is_found_by_its_id() -> None:
