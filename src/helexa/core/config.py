@@ -46,6 +46,7 @@ class Gateway(Section, frozen=True):
     metrics_listen: Text = "127.0.0.1:31314"
     metrics_on_api: bool = False  # /metrics on the API port as well
     models_config: Text | None = None  # left out: models.toml beside this file, if there is one
+    watch_files: bool = True  # read this file and models.toml again when they change; SIGHUP always does
     body_limit_mb: BodyMB = 64
     cors_origins: list[Text] = []
     allowed_hosts: list[Text] = []  # public names this gateway is called by; addresses and local names need none

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -35,6 +36,7 @@ from helexa.cortex.fleet import Fleet
 from helexa.cortex.loader import Loader, LoadRecord
 from helexa.cortex.metrics import Metrics
 from helexa.cortex.poller import Poller
+from helexa.cortex.reload import Files, Read, Reloader
 from helexa.cortex.response_store import MemoryStore, ResponseStore
 from helexa.cortex.translated import Setup
 
@@ -71,8 +73,10 @@ class Addresses:
 class Cortex:
     """One gateway. `start` and `stop` for those who have a loop, `serve` for the program."""
 
-    def __init__(self, settings: CortexSettings, catalogue: Catalogue, catalogue_path: Path | None) -> None:
+    def __init__(self, read: Read, files: Files) -> None:
+        settings, catalogue = read.settings, read.catalogue
         self.settings = settings
+        self._has_files = files.config is not None
         self.fleet = Fleet(settings, catalogue)
         self.loader = Loader(self.fleet, settings)
         self.poller = Poller(self.fleet, settings)
@@ -80,12 +84,13 @@ class Cortex:
         self.request_log = RequestLog(_to_stderr, as_json=logs.writes_json(), now=time.time)
         self.loader.on_load.append(self._loaded)
         self._warnings = warnings_about(settings)
+        self.reloader = Reloader(files, settings, read.catalogue_path, self._reconfigure)
         gateway = settings.gateway
         self.responses = _response_store(settings.responses)
         self.control = ControlPlane(
             self.fleet,
             self.loader,
-            catalogue_path=catalogue_path,
+            files=self.reloader.standing,
             cors_origins=gateway.cors_origins,
             allowed_hosts=gateway.allowed_hosts,
             metrics=self._metrics_text if gateway.metrics_on_api else None,
@@ -141,6 +146,7 @@ class Cortex:
             log.warning(warning)
         await self.poller.start()
         self.loader.start()
+        self.reloader.start()
         return Addresses(api, metrics)
 
     async def stop(self, *, drain_s: float) -> int:
@@ -149,6 +155,7 @@ class Cortex:
         error = ShuttingDown("The gateway is shutting down; ask again in a moment, or another one", retry_after_s=5)
         self.server.stop_accepting(error)
         self.control.shutdown = error
+        await self.reloader.stop()
         await self.control.close()
         await self.loader.stop()
         cut = await self.server.drain(drain_s)
@@ -166,6 +173,8 @@ class Cortex:
         signals: asyncio.Queue[str] = asyncio.Queue()
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, signals.put_nowait, sig.name)
+        if self._has_files:
+            loop.add_signal_handler(signal.SIGHUP, self.reloader.at_once)
         await self.start()
         # What the start made stays; the collector need not look at it again.
         gc.collect()
@@ -184,6 +193,13 @@ class Cortex:
             await asyncio.gather(draining, return_exceptions=True)
             self.request_log.flush()
 
+    def _reconfigure(self, read: Read) -> list[str]:
+        changed = self.fleet.reconfigure(read.settings.neurons, read.catalogue)
+        self._warnings[:] = warnings_about(msgspec.structs.replace(self.settings, neurons=read.settings.neurons))
+        self.poller.follow()
+        self.loader.reconfigured()
+        return changed
+
     def _loaded(self, record: LoadRecord) -> None:
         if record.error is None:
             self.metrics.loaded(record.model, record.node, record.seconds)
@@ -193,7 +209,8 @@ class Cortex:
 
 
 def build(settings: CortexSettings, catalogue: Catalogue, catalogue_path: Path | None = None) -> Cortex:
-    return Cortex(settings, catalogue, catalogue_path)
+    """One that reads no file again."""
+    return Cortex(Read(settings, catalogue, catalogue_path), Files(None, {}))
 
 
 def warnings_about(settings: CortexSettings) -> list[str]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from helexa.core.catalogue import Catalogue
     from helexa.core.config import CortexSettings
+    from helexa.cortex.reload import Files, Read
 
 app = typer.Typer(
     name="cortex",
@@ -93,15 +94,20 @@ def serve(
     from helexa.core import logs
 
     logs.configure()
-    settings, catalogue, catalogue_path = _settings(config)
     if listen is not None:
-        gateway = msgspec.structs.replace(settings.gateway, listen=_checked_listen(listen))
-        settings = msgspec.structs.replace(settings, gateway=gateway)
-    from helexa.cortex.app import CannotListen, build
+        _checked_listen(listen)
+    from helexa.cortex.app import CannotListen, Cortex
+    from helexa.cortex.reload import Files
     from helexa.cortex.response_store import CannotKeep
 
+    def override(settings: CortexSettings) -> CortexSettings:
+        if listen is None:
+            return settings
+        return msgspec.structs.replace(settings, gateway=msgspec.structs.replace(settings.gateway, listen=listen))
+
+    files = Files(config, os.environ, override=override)
     try:
-        uvloop.run(build(settings, catalogue, catalogue_path).serve())
+        uvloop.run(Cortex(_read(files), files).serve())
     except (CannotListen, CannotKeep) as err:
         fail(str(err), 2)
 
@@ -288,19 +294,19 @@ def simulate(
 
 
 def _settings(path: Path | None, models: Path | None = None) -> tuple[CortexSettings, Catalogue, Path | None]:
-    from helexa.core.catalogue import Catalogue, load_catalogue
-    from helexa.core.config import ConfigError, find_catalogue, load_cortex
+    from helexa.cortex.reload import Files
 
-    def warn(text: str) -> None:
-        print(f"cortex: {text}", file=sys.stderr)
+    read = _read(Files(path, os.environ, models=models))
+    return read.settings, read.catalogue, read.catalogue_path
+
+
+def _read(files: Files) -> Read:
+    from helexa.core.config import ConfigError
 
     try:
-        settings = load_cortex(path, os.environ, warn)
-        catalogue_path = models or find_catalogue(settings, path)
-        catalogue = Catalogue() if catalogue_path is None else load_catalogue(catalogue_path, warn)
+        return files.read(lambda text: print(f"cortex: {text}", file=sys.stderr))
     except ConfigError as err:
         fail(str(err), 2)
-    return settings, catalogue, catalogue_path
 
 
 def _checked_listen(listen: str) -> str:

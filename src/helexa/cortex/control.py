@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -46,6 +45,7 @@ from helexa.cortex.fleet_api import json_response as _json
 from helexa.cortex.front_page import front_page
 from helexa.cortex.loader import Loader
 from helexa.cortex.ollama_api import OllamaApi
+from helexa.cortex.reload import Standing
 
 log = logs.get("cortex.control")
 
@@ -64,6 +64,7 @@ _order = msgspec.json.Decoder(Order)
 
 class ControlPlane:
     """metrics:  the exposition text, for /metrics on this port; None where only the metrics port has it
+    files:    what was read, and what could not be
     warnings: sentences that `cortex status` repeats
     relayed:  paths whose POSTs the relay takes
     more_routes: of parts that have their own
@@ -75,7 +76,7 @@ class ControlPlane:
         fleet: Fleet,
         loader: Loader,
         *,
-        catalogue_path: Path | None,
+        files: Standing,
         cors_origins: Sequence[str],
         allowed_hosts: Sequence[str],
         metrics: Callable[[], bytes] | None,
@@ -86,7 +87,7 @@ class ControlPlane:
         self.shutdown: ShuttingDown | None = None
         self._fleet = fleet
         self._loader = loader
-        self._catalogue_path = catalogue_path
+        self._files = files
         self._cors_origins = frozenset(cors_origins)
         self._hosts = frozenset(host.lower().rstrip(".") for host in allowed_hosts)
         self._metrics = metrics
@@ -147,9 +148,11 @@ class ControlPlane:
                 "uptime_secs": round(time.monotonic() - self._started, 3),
                 "nodes": {node.name: node.state for node in self._fleet.nodes.values()},
                 "catalogue": {
-                    "path": None if self._catalogue_path is None else str(self._catalogue_path),
+                    "path": None if self._files.catalogue_path is None else str(self._files.catalogue_path),
                     "models": len(self._fleet.profiles),
                 },
+                **({"files_error": self._files.error} if self._files.error is not None else {}),
+                **({"restart_for": self._files.restart_for} if self._files.restart_for else {}),
             }
         )
 
@@ -165,7 +168,7 @@ class ControlPlane:
         return _json(version.describe())
 
     async def _view(self, request: Request) -> Response:
-        return _json({**self._fleet.view(), "warnings": self._warnings})
+        return _json({**self._fleet.view(), "warnings": [*self._warnings, *self._files.warnings()]})
 
     async def _v1_models(self, request: Request) -> Response:
         """In Anthropic's shape for those who say that they speak it."""

@@ -123,6 +123,7 @@ class Node:
     """One neuron. models: by the gateway's ids, the nearest to an answer where two listings are one file.
 
     is_draining:  by its own word: it shuts down; is_set_aside: by the operator's, until he takes it back
+    is_removed:   no longer one of the fleet's; requests that run there end in their time
     polled_at: monotonic time at which the last poll that it answered was sent
     on_idle:   called when the last of our requests to one of its models has ended
     """
@@ -131,9 +132,11 @@ class Node:
         "by_name",
         "discovery",
         "endpoint",
+        "entry",
         "filed",
         "health",
         "is_draining",
+        "is_removed",
         "is_set_aside",
         "last_error",
         "misses",
@@ -151,6 +154,7 @@ class Node:
     )
 
     def __init__(self, entry: NeuronEntry, upstream: Upstream, since: float) -> None:
+        self.entry = entry
         self.name = entry.name
         self.endpoint = entry.endpoint
         self.upstream = upstream
@@ -161,6 +165,7 @@ class Node:
         self.requests_failed = False
         self.is_draining = False
         self.is_set_aside = False
+        self.is_removed = False
         self.polled_at = 0.0
         self.on_idle: Callable[[], None] | None = None
         self.discovery: Discovery | None = None
@@ -190,9 +195,10 @@ class Fleet:
         self, settings: CortexSettings, catalogue: Catalogue, *, wall: Callable[[], float] = time.time
     ) -> None:
         self._wall = wall
+        self._connect_s = settings.timeouts.connect_s
         self._created = int(wall())
         self._names = Names(catalogue)
-        self.nodes: dict[str, Node] = {n.name: Node(n, _upstream(n, settings), wall()) for n in settings.neurons}
+        self.nodes: dict[str, Node] = {n.name: self._new(n) for n in settings.neurons}
         self.on_change: list[Callable[[str | None], None]] = []
         self.on_doubt: list[Callable[[Node], None]] = []
         self._replicas: dict[str, list[Replica]] = {}
@@ -201,7 +207,72 @@ class Fleet:
         self._entry: dict[str, dict[str, Any]] = {}
         self._entries: list[dict[str, Any]] | None = None
 
+    # what it is made of
+
+    def reconfigure(self, entries: Sequence[NeuronEntry], catalogue: Catalogue) -> list[str]:
+        """Other nodes, other models. What a node that stays holds, and what runs there, is as before; one with another
+        endpoint or token is another node. Returns what has changed, in words."""
+        said: list[str] = []
+        news: set[str] = set()
+        kept: dict[str, Node] = {}
+        wanted = {entry.name: entry for entry in entries}
+        for node in list(self.nodes.values()):
+            if node.entry == wanted.get(node.name):
+                kept[node.name] = node
+                continue
+            said.append(f"{node.name} is {'another node' if node.name in wanted else 'gone'}")
+            news |= self._remove(node)
+            if node.name in wanted:
+                kept[node.name] = again = self._new(wanted[node.name])
+                again.is_set_aside = node.is_set_aside
+        said += [f"{name} is new" for name in wanted.keys() - kept.keys()]
+        self.nodes.clear()
+        self.nodes.update({name: kept.get(name) or self._new(entry) for name, entry in wanted.items()})
+        before = self._names
+        if catalogue != before.catalogue:
+            self._names = Names(catalogue)
+            said += _differences(before.catalogue, catalogue)
+            news |= before.profiles.keys() | self.profiles.keys() | self._file_anew()
+        if said:
+            self._entry.clear()
+            self._entries = None
+            self._notify([*news, None])
+        return said
+
+    def _new(self, entry: NeuronEntry) -> Node:
+        headers = {"authorization": f"Bearer {entry.token}"} if entry.token else None
+        upstream = Upstream(entry.name, entry.endpoint, headers=headers, connect_s=self._connect_s)
+        return Node(entry, upstream, self._wall())
+
+    def _remove(self, node: Node) -> set[str]:
+        node.state, node.since, node.last_error = "down", self._wall(), "it is no longer in cortex.toml"
+        changed = {model_id for name in list(node.filed) for model_id in self._drop(node, name)}
+        node.is_removed = True
+        node.upstream.close()
+        return changed
+
+    def _file_anew(self) -> set[str]:
+        """What nodes list, under the ids that it has now."""
+        self._renamed.clear()
+        changed: set[str] = set()
+        for node in self.nodes.values():
+            for name, model_id in list(node.filed.items()):
+                info = node.by_name[model_id][name]
+                now = self._names.of(info)
+                if now != info.id:
+                    self._renamed[info.id] = now
+                if now != model_id:
+                    changed |= self._drop(node, name) | self._put(node, info, told=False)
+        for model_id in [m for m, live in self._replicas.items() if not live]:
+            if model_id not in self._where and model_id not in self.profiles:
+                del self._replicas[model_id]
+        return changed
+
     # asking
+
+    def is_as_configured(self, model_id: str, info: ModelInfo) -> bool:
+        """Is a loaded model loaded with the profile that the catalogue has now? As far as that is known."""
+        return info.spec_hash is None or self._names.spec_hash(model_id) in (None, info.spec_hash)
 
     @property
     def profiles(self) -> dict[str, ModelProfile]:
@@ -291,7 +362,7 @@ class Fleet:
     def view(self) -> dict[str, Any]:
         """GET /fleet."""
         return {
-            "nodes": [node_view(node) for node in self.nodes.values()],
+            "nodes": [node_view(node, self.is_as_configured) for node in self.nodes.values()],
             "models": self.entries(),
             "inflight": self.inflight,
             "version": __version__,
@@ -381,7 +452,7 @@ class Fleet:
     ) -> None:
         """What an action of ours did to the model that the node calls `name`. asked: when the action was sent; an
         event that came since then knows better and stands. active: requests that the node says run there."""
-        if asked is not None and node.touched.get(name, 0.0) > asked:
+        if node.is_removed or (asked is not None and node.touched.get(name, 0.0) > asked):
             return
         node.touched[name] = time.monotonic()
         old = node.by_name.get(node.filed.get(name, ""), {}).get(name)
@@ -422,6 +493,8 @@ class Fleet:
 
     def _put(self, node: Node, info: ModelInfo, *, told: bool = True) -> set[str]:
         """told: by the node itself, just now."""
+        if node.is_removed:
+            return set()
         model_id = self._names.of(info)
         replica = node.replicas.get(model_id)
         if told and replica is not None:
@@ -493,7 +566,7 @@ class Fleet:
     def _settle(self, node: Node, changed: set[str]) -> None:
         """The node's state from what is known, and the news of all that changed."""
         state: NodeState = "up"
-        if node.misses >= MISSES_UNTIL_DOWN:
+        if node.is_removed or node.misses >= MISSES_UNTIL_DOWN:
             state = "down"
         elif node.is_draining or node.is_set_aside:
             state = "draining"
@@ -552,6 +625,9 @@ def why_not_up(node: Node) -> str | None:
     return node.last_error
 
 
-def _upstream(entry: NeuronEntry, settings: CortexSettings) -> Upstream:
-    headers = {"authorization": f"Bearer {entry.token}"} if entry.token else None
-    return Upstream(entry.name, entry.endpoint, headers=headers, connect_s=settings.timeouts.connect_s)
+def _differences(old: Catalogue, new: Catalogue) -> list[str]:
+    before, after = ({m.id: m for m in catalogue.models} for catalogue in (old, new))
+    said = [f"{model_id} is no longer named" for model_id in before.keys() - after.keys()]
+    said += [f"{model_id} is new" for model_id in after.keys() - before.keys()]
+    said += [f"{m} is described otherwise" for m in before.keys() & after.keys() if before[m] != after[m]]
+    return sorted(said) + (["aliases"] if old.aliases != new.aliases else [])

@@ -68,14 +68,21 @@ class Keeper:
         self._cycles: Counter[str] = Counter()  # loads since the last defragmentation, by node
         self._copies: set[tuple[str, str]] = set()  # that this gateway made: model, node
         self._work: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._preloaded: set[str] = set()  # or being so
         self._rests: dict[tuple[str, str], float] = {}
         self._ticker: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         self._ticker = asyncio.create_task(self._keep())
-        for model_id, profile in self._fleet.profiles.items():
-            if profile.preload:
-                self._do("preload", model_id, self._preload(model_id))
+        self.preload()
+
+    def preload(self) -> None:
+        """What the catalogue wants preloaded, and was not yet."""
+        wanted = {model_id for model_id, profile in self._fleet.profiles.items() if profile.preload}
+        self._preloaded &= wanted
+        for model_id in wanted - self._preloaded:
+            self._preloaded.add(model_id)
+            self._do("preload", model_id, self._preload(model_id))
 
     async def stop(self) -> None:
         tasks = [*self._work.values(), *([self._ticker] if self._ticker is not None else [])]
@@ -122,7 +129,7 @@ class Keeper:
 
     async def _preload(self, model_id: str) -> None:
         """Until it was loaded once: its node may come later than the gateway."""
-        while True:
+        while model_id in self._preloaded:
             try:
                 await self._ensure(model_id, f"preload {model_id}")
                 return

@@ -6,7 +6,7 @@ A field is true or absent: what nobody knows is left out, never false or 0 (clie
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -123,7 +123,7 @@ def _architecture(capabilities: Collection[str], task: str | None) -> Mapping[st
     return {"input_modalities": inputs, "output_modalities": _OUTPUT[kind] if kind else ["text"]}
 
 
-def node_view(node: Node) -> dict[str, Any]:
+def node_view(node: Node, is_as_configured: Callable[[str, ModelInfo], bool]) -> dict[str, Any]:
     """One of GET /fleet's nodes. Its token is nowhere in it."""
     seen: dict[str, Any] = {
         "name": node.name,
@@ -133,7 +133,7 @@ def node_view(node: Node) -> dict[str, Any]:
         "discovery": node.discovery.to_wire() if node.discovery else None,
         "health": msgspec.to_builtins(node.health) if node.health else None,
         "version": node.version,
-        "models": list(_models_view(node)),
+        "models": list(_models_view(node, is_as_configured)),
     }
     if node.is_set_aside:
         seen["set_aside"] = True
@@ -142,12 +142,14 @@ def node_view(node: Node) -> dict[str, Any]:
     return {key: value for key, value in seen.items() if value is not None}
 
 
-def _models_view(node: Node) -> Iterator[dict[str, Any]]:
+def _models_view(node: Node, is_as_configured: Callable[[str, ModelInfo], bool]) -> Iterator[dict[str, Any]]:
     for model_id, info in node.models.items():
         replica = node.replicas.get(model_id)
         shown = {**msgspec.to_builtins(info), "id": model_id, "inflight": replica.inflight if replica else 0}
         if replica is not None and (rate := replica.work.rate) is not None:
             shown["prefill_tokens_per_s"] = round(rate, 1)
+        if info.status == ModelStatus.LOADED and not is_as_configured(model_id, info):
+            shown["loaded_differently"] = True
         yield shown
 
 

@@ -111,6 +111,11 @@ class Loader:
         """Keeps the fleet from now on: preloads, copies, unloads of what is idle. After the first polls."""
         self._keeper.start()
 
+    def reconfigured(self) -> None:
+        """The fleet has other nodes, or other models."""
+        self._keeper.preload()
+        self._room_came()
+
     # for requests
 
     async def ensure(
@@ -384,7 +389,11 @@ class Loader:
         task = self._placing[model] = asyncio.create_task(ask_first())
 
     async def _clear(self, command: swapper.Clear) -> None:
-        node = self._fleet.nodes[command.node]
+        node = self._fleet.nodes.get(command.node)
+        if node is None:
+            failure: Failure | None = Failure(command.node, Kind.GONE, "is no longer in cortex.toml")
+            self._feed(swapper.Cleared(command.model, command.node, failure))
+            return
         try:
             whom = self._whom_of(command.model)
             failure = await self._placer.clear(command.model, node, command.victim, whom, drain=command.drain)
@@ -472,8 +481,8 @@ class Loader:
         await self._orders.look(node)
         need_mb = failure.details.get("need_mb")
         if not isinstance(need_mb, int):
-            [view] = self.survey.views([node.name], asyncio.get_running_loop().time())
-            need_mb = more_than(view)  # out of memory: one more has to go
+            views = self.survey.views([node.name], asyncio.get_running_loop().time())
+            need_mb = more_than(views[0]) if views else 0  # out of memory: one more has to go
         self.survey.needs.refused(self.survey.spec(model_id), make_of(node), need_mb)
 
     # what changed, and what to say
@@ -507,9 +516,9 @@ class Loader:
 
     def _standing(self, model_id: str) -> Standing:
         pursuit = self._state.wanted.get(model_id)
-        if pursuit is None or pursuit.node is None:
+        node = self._fleet.nodes.get(pursuit.node) if pursuit is not None and pursuit.node is not None else None
+        if pursuit is None or node is None:
             return Standing(model_id)
-        node = self._fleet.nodes[pursuit.node]
         took_s = self.survey.needs.load_s(self.survey.spec(model_id), make_of(node), node.name)
         began = self._began.get((model_id, node.name))
         left_s = None

@@ -23,6 +23,8 @@ class Names:
     """The catalogue's ids, aliases and references. Fixed for one catalogue."""
 
     def __init__(self, catalogue: Catalogue) -> None:
+        self.catalogue = catalogue
+        self._spec_hashes: dict[str, str] = {}
         self.profiles: dict[str, ModelProfile] = {m.id: m for m in catalogue.models}
         self.aliases = Aliases(catalogue.aliases)
         owners: dict[str, set[str]] = {}
@@ -31,6 +33,16 @@ class Names:
                 owners.setdefault(reference.lower(), set()).add(model.id)
         # A file that two profiles serve differently is neither's: it keeps the node's own name.
         self._owner = {ref: next(iter(ids)) for ref, ids in owners.items() if len(ids) == 1}
+
+    def spec_hash(self, model_id: str) -> str | None:
+        """Of its profile, as nodes tell it of what they have loaded; None where the catalogue does not name it."""
+        profile = self.profiles.get(model_id)
+        if profile is None:
+            return None
+        known = self._spec_hashes.get(model_id)
+        if known is None:
+            known = self._spec_hashes[model_id] = profile.load_request().spec_hash()
+        return known
 
     def of_reference(self, name: str) -> str | None:
         """The catalogue's id for what a node would call `name`; None where no profile, or more than one, names it."""

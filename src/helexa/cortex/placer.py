@@ -135,6 +135,8 @@ class Placer:
         """The plan for this node; nothing is promised."""
         now = asyncio.get_running_loop().time()
         views, wanted = self._survey.views([node.name], now), self._survey.wanted(model_id, [node])
+        if not views:
+            return Reason(node.name, Bar.AWAY, "is no longer in cortex.toml")
         plan = placement.on_node(views[0], wanted, self._policy, now)
         if isinstance(plan, Plan):
             self._evidence[model_id] = (node.name, self.evidence(Found([node], views, wanted, answer=plan)))

@@ -68,27 +68,40 @@ class Poller:
         self._interval_s = settings.poll.interval_s
         self._deadline_s = settings.poll.interval_s / 2
         self._watches: dict[str, _Watch] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[str, list[asyncio.Task[None]]] = {}
 
     async def start(self) -> None:
         """Begins, and returns when each node has answered or missed its first poll: at most half an interval."""
-        self._watches = {name: _Watch(node) for name, node in self._fleet.nodes.items()}
         self._fleet.on_doubt.append(self._doubted)
-        for watch in self._watches.values():
-            self._tasks.append(asyncio.create_task(self._poll_on(watch)))
-            self._tasks.append(asyncio.create_task(self._listen_on(watch)))
+        self.follow()
         await asyncio.gather(*(watch.was_polled.wait() for watch in self._watches.values()))
 
     async def stop(self) -> None:
         if self._doubted in self._fleet.on_doubt:
             self._fleet.on_doubt.remove(self._doubted)
-        for task in self._tasks:
+        tasks = [task for of_node in self._tasks.values() for task in of_node]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._tasks.clear()
 
+    def follow(self) -> None:
+        """The nodes that the fleet has now, and no other."""
+        for name, watch in list(self._watches.items()):
+            if self._fleet.nodes.get(name) is not watch.node:
+                del self._watches[name]
+                for task in self._tasks.pop(name):
+                    task.cancel()
+        for name, node in self._fleet.nodes.items():
+            if name not in self._watches:
+                watch = self._watches[name] = _Watch(node)
+                work = (self._poll_on(watch), self._listen_on(watch))
+                self._tasks[name] = [asyncio.create_task(one) for one in work]
+
     def _doubted(self, node: Node) -> None:
-        self._watches[node.name].poll_now.set()
+        watch = self._watches.get(node.name)
+        if watch is not None and watch.node is node:
+            watch.poll_now.set()
 
     # polls
 

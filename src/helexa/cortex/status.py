@@ -185,7 +185,11 @@ def _node_models(active: list[dict[str, Any]]) -> Table:
         memory = info.get("vram_used_mb")
         table.add_row(
             Padding(info["id"], (0, 0, 0, 2)),
-            Text.assemble(_state(info["status"]), percent(info.get("progress"))),
+            Text.assemble(
+                _state(info["status"]),
+                percent(info.get("progress")),
+                (" not as models.toml has it" if info.get("loaded_differently") else "", "yellow"),
+            ),
             f"{memory / 1024:.1f} GB" if memory else "",
             ", ".join(filter(None, work)),
         )

@@ -46,17 +46,18 @@ class Survey:
         self.promises: dict[tuple[str, str], Promise] = {}
         self.handed: Counter[str] = Counter()
         self._fleet = fleet
-        self._specs: dict[str, str] = {}
+        self._specs: dict[str, tuple[ModelProfile | None, str]] = {}  # with the profile that it is of
         self._usage: dict[str, Usage] = {}
         self._counted: dict[tuple[str, str], int] = {}
 
     # what is asked
 
     def views(self, names: Iterable[str], now: float) -> list[NodeView]:
-        """These nodes, as they are now."""
+        """These nodes, as they are now; those that are still there."""
         self._fold_uses(now)
         self._forget_kept_promises()
-        return [self._node_view(self._fleet.nodes[name], now) for name in names]
+        nodes = self._fleet.nodes
+        return [self._node_view(nodes[name], now) for name in names if name in nodes]
 
     def wanted(self, model_id: str, nodes: Iterable[Node]) -> Wanted:
         """nodes: those that may hold it."""
@@ -90,9 +91,11 @@ class Survey:
 
     def spec(self, model_id: str) -> str:
         """The profile's hash, by which nodes tell what they have loaded."""
-        spec = self._specs.get(model_id)
-        if spec is None:
-            spec = self._specs[model_id] = self.load_request(model_id, None).spec_hash()
+        profile = self._fleet.profiles.get(model_id)
+        known, spec = self._specs.get(model_id, (None, ""))
+        if not spec or known is not profile:
+            spec = self.load_request(model_id, None).spec_hash()
+            self._specs[model_id] = (profile, spec)
         return spec
 
     def load_request(self, model_id: str, node: Node | None) -> LoadRequest:
@@ -228,7 +231,8 @@ class Survey:
 
     def _forget_kept_promises(self) -> None:
         for key, promise in list(self.promises.items()):
-            if promise.ordered_at is not None and self._fleet.nodes[key[1]].polled_at > promise.ordered_at:
+            node = self._fleet.nodes.get(key[1])
+            if node is None or (promise.ordered_at is not None and node.polled_at > promise.ordered_at):
                 del self.promises[key]
 
 

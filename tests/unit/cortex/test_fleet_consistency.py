@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import time
 
+from hypothesis import assume
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tests.helpers.fleets import fleet, health, info
 
-from helexa.core.catalogue import ModelProfile
+from helexa.core.catalogue import Catalogue, ModelProfile
+from helexa.core.config import NeuronEntry
 from helexa.core.lifecycle import ModelInfo, ModelStatus
-from helexa.cortex.fleet import Replica
+from helexa.cortex.fleet import Node, Replica
 from helexa.cortex.listing import entry, status_rank
 
 NODES = ("a", "b")
 CATALOGUE = (ModelProfile(id="small", source="org/repo:Q4"), ModelProfile(id="local", source="/srv/x.gguf"))
 NAMES = ("small", "org/repo:Q4", "phi", "x", "local")
-STATUSES = ("loaded", "loading", "unloaded", "failed", "melting")
+OTHERS = (ModelProfile(id="phi", source="org/repo:Q4"), ModelProfile(id="local", context=4096), ModelProfile(id="new"))
+CATALOGUES = (CATALOGUE, OTHERS, ())
 node_names = st.sampled_from(NODES)
+STATUSES = ("loaded", "loading", "unloaded", "failed", "melting")
 infos = st.builds(
     info,
     st.sampled_from(NAMES),
@@ -31,10 +35,15 @@ infos = st.builds(
 class AnyNews(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
+        self.catalogue = CATALOGUE
         self.view = fleet(*NODES, models=CATALOGUE)
         self.view.on_change.append(self.heard)
         self.running: list[Replica] = []
         self.said: dict[str, dict[str, ModelInfo]] = {name: {} for name in NODES}  # node's id -> its last word
+
+    def node(self, name: str) -> Node:
+        assume(name in self.view.nodes)
+        return self.view.nodes[name]
 
     def heard(self, model_id: str | None) -> None:
         self.lists_agree()  # also in the middle of a change
@@ -45,34 +54,34 @@ class AnyNews(RuleBasedStateMachine):
         status=st.sampled_from(["ok", "draining"]),
     )
     def poll(self, name: str, models: list[ModelInfo], status: str) -> None:
-        self.view.saw_poll(self.view.nodes[name], models=models, health=health(status), started=time.monotonic())
+        self.view.saw_poll(self.node(name), models=models, health=health(status), started=time.monotonic())
         self.said[name] = {i.id: i for i in models}
 
     @rule(name=node_names)
     def poll_that_is_older_than_all_events(self, name: str) -> None:
-        node = self.view.nodes[name]
+        node = self.node(name)
         self.view.saw_poll(node, models=[], health=health(), started=0.0)
         self.said[name] = {i: said for i, said in self.said[name].items() if i in node.touched}
 
     @rule(name=node_names)
     def miss(self, name: str) -> None:
-        self.view.saw_miss(self.view.nodes[name], "late")
+        self.view.saw_miss(self.node(name), "late")
 
     @rule(name=node_names, model=infos)
     def event(self, name: str, model: ModelInfo) -> None:
-        self.view.saw_model(self.view.nodes[name], model)
+        self.view.saw_model(self.node(name), model)
         self.said[name][model.id] = model
 
     @rule(name=node_names, model=st.sampled_from(NAMES), status=st.sampled_from(ModelStatus))
     def action(self, name: str, model: str, status: ModelStatus) -> None:
-        self.view.mark(self.view.nodes[name], model, status)
+        self.view.mark(self.node(name), model, status)
         old = self.said[name].get(model)
         source, active = (old.source, old.active_requests) if old else (None, None)
         self.said[name][model] = info(model, status.value, source=source, active_requests=active)
 
     @rule(name=node_names, good=st.booleans())
     def request(self, name: str, good: bool) -> None:
-        node = self.view.nodes[name]
+        node = self.node(name)
         if good:
             self.view.request_succeeded(node)
         else:
@@ -80,7 +89,25 @@ class AnyNews(RuleBasedStateMachine):
 
     @rule(name=node_names)
     def drain(self, name: str) -> None:
-        self.view.saw_draining(self.view.nodes[name])
+        self.view.saw_draining(self.node(name))
+
+    @rule(catalogue=st.sampled_from(CATALOGUES), away=st.sampled_from([None, *NODES]), elsewhere=st.booleans())
+    def reload(self, catalogue: tuple[ModelProfile, ...], away: str | None, elsewhere: bool) -> None:
+        """Other models; and a node goes, or is at another address from now on. (It comes back with another reload.)"""
+        before = dict(self.view.nodes)
+        entries = [NeuronEntry(name=n, endpoint=f"http://{n}.invalid:13131") for n in NODES if n != away]
+        if away is not None and elsewhere:
+            entries.append(NeuronEntry(name=away, endpoint=f"http://{away}.invalid:2"))
+        self.catalogue = catalogue
+        self.view.reconfigure(entries, Catalogue(models=list(catalogue)))
+        assert list(self.view.nodes) == [entry.name for entry in entries]
+        for name, node in before.items():
+            if self.view.nodes.get(name) is not node:
+                self.said[name] = {}
+                self.running = [replica for replica in self.running if replica.node is not node]
+                self.view.saw_model(node, info("phi"))  # a late word of it
+                self.view.mark(node, "phi", ModelStatus.LOADED)
+                assert (node.state, node.models) == ("down", {})
 
     @rule(model=st.sampled_from(("small", "phi", "local", "x")))
     def begin(self, model: str) -> None:
@@ -95,7 +122,7 @@ class AnyNews(RuleBasedStateMachine):
 
     @invariant()
     def lists_agree(self) -> None:
-        for model_id in {m for n in self.view.nodes.values() for m in n.models} | {p.id for p in CATALOGUE}:
+        for model_id in {m for n in self.view.nodes.values() for m in n.models} | {p.id for p in self.catalogue}:
             live = self.view.replicas(model_id)
             names = [r.node.name for r in live]
             assert len(names) == len(set(names))
@@ -123,7 +150,7 @@ class AnyNews(RuleBasedStateMachine):
     def entries_are_never_stale(self) -> None:
         nodes = self.view.nodes.values()
         shown = {e["id"]: e for e in self.view.entries()}
-        assert set(shown) == {m for n in nodes for m in n.models} | {p.id for p in CATALOGUE}
+        assert set(shown) == {m for n in nodes for m in n.models} | {p.id for p in self.catalogue}
         for model_id, made in shown.items():
             fresh = entry(
                 model_id,
