@@ -34,10 +34,16 @@ def npm_program(pattern: str) -> Path:
 
 
 def run_client(
-    command: Sequence[str | Path], home: Path, env: Mapping[str, str], *, stdin: str = "", timeout_s: float = RUN_S
+    command: Sequence[str | Path],
+    home: Path,
+    env: Mapping[str, str],
+    *,
+    stdin: str = "",
+    folder: Path | None = None,
+    timeout_s: float = RUN_S,
 ) -> Ran:
-    """In `home`/work, with `home` as its home and nothing of our own environment but PATH."""
-    work = home / "work"
+    """In `folder`, or `home`/work, with `home` as its home and nothing of our own environment but PATH."""
+    work = folder or home / "work"
     work.mkdir(parents=True, exist_ok=True)
     clean = {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8", "TERM": "dumb", "NO_COLOR": "1", **env}
     ran = subprocess.run(

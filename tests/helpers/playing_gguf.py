@@ -79,7 +79,8 @@ class Turn:
 
 
 def call(name: str, **arguments: Any) -> str:
-    """A call as the template's model writes it."""
+    """A call as the template's model writes it. Arguments in the order of the tool's schema: the engine's grammar lets
+    no other pass, and a model that cannot say its piece says anything."""
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n</tool_call>"
 
 

@@ -54,6 +54,11 @@ def stage(folder: Path) -> Iterator[Stage]:
         yield Stage(gateway, node, folder)
 
 
-def requests(site: Stage, model: str) -> list[dict[str, Any]]:
-    """The gateway's lines about requests to this model, in the order in which they ended."""
-    return [line for line in site.gateway.said() if line["event"] == "request" and line.get("model") == model]
+def requests(site: Stage, model: str, count: int) -> list[dict[str, Any]]:
+    """The gateway's lines about requests to this model, in the order in which they ended, once there are so many."""
+    deadline = time.monotonic() + LISTED_S
+    while True:
+        lines = [line for line in site.gateway.said() if line["event"] == "request" and line.get("model") == model]
+        if len(lines) >= count or time.monotonic() > deadline:
+            return lines
+        time.sleep(0.05)

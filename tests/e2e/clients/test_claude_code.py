@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.helpers.clients import npm_program, run_client
 from tests.helpers.playing_gguf import Turn, call
-from tests.helpers.stage import Stage, requests, stage
+from tests.helpers.stage import Stage, requests
 
-PROGRAM = "@anthropic-ai/claude-code-*/claude"
 QUIET = {
     "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     "DISABLE_AUTOUPDATER": "1",
@@ -20,19 +18,17 @@ QUIET = {
     "DISABLE_TELEMETRY": "1",
 }
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(120)
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    npm_program(PROGRAM)
-    with stage(tmp_path_factory.mktemp("claude") / "stage") as ready:
-        yield ready
+@pytest.fixture
+def program() -> Path:
+    return npm_program("@anthropic-ai/claude-code-*/claude")
 
 
-def claude(site: Stage, model: str, home: Path, prompt: str) -> list[dict[str, Any]]:
+def claude(program: Path, site: Stage, model: str, home: Path, prompt: str) -> list[dict[str, Any]]:
     """What it tells of its doing: one object a line, the last one the result."""
-    command = [npm_program(PROGRAM), "-p", "--output-format", "stream-json", "--verbose"]
+    command = [program, "-p", "--output-format", "stream-json", "--verbose"]
     gateway = {"ANTHROPIC_BASE_URL": site.url, "ANTHROPIC_API_KEY": "none", "ANTHROPIC_MODEL": model}
     ran = run_client([*command, "--allowedTools", "Write,Read,Edit"], home, QUIET | gateway, stdin=prompt)
     said = [json.loads(line) for line in ran.out.splitlines()]
@@ -45,7 +41,7 @@ def blocks(said: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [block for message in messages for block in message["content"] if block["type"] == kind]
 
 
-def test_it_writes_a_file_reads_it_and_goes_on_after_an_error(site: Stage, tmp_path: Path) -> None:
+def test_it_writes_a_file_reads_it_and_goes_on_after_an_error(program: Path, site: Stage, tmp_path: Path) -> None:
     file = tmp_path / "work" / "greeting.py"
     first = "<think>\nA greeting: Grüße.\n</think>\n\nI write it first.\n"
     model = site.play(
@@ -58,20 +54,20 @@ def test_it_writes_a_file_reads_it_and_goes_on_after_an_error(site: Stage, tmp_p
             Turn("The file says *Guten Tag* now. 😀", after="updated"),
         ],
     )
-    said = claude(site, model, tmp_path, "Write a greeting, then make it formal.")
+    said = claude(program, site, model, tmp_path, "Write a greeting, then make it formal.")
     assert said[-1]["subtype"] == "success", said
     assert said[-1]["result"] == "The file says *Guten Tag* now. 😀"
     assert file.read_text() == 'print("Guten Tag 😀")\n'
     assert [result.get("is_error", False) for result in blocks(said, "tool_result")] == [False, True, False, False]
     assert [block["thinking"].strip() for block in blocks(said, "thinking")] == ["A greeting: Grüße."]
     # Its billing header changes with every request; the prompt that the node sees does not.
-    last = site.gateway.wait_for(event="request", model=model, finish_reason="stop")
+    last = requests(site, model, 5)[-1]
     assert last["cached_tokens"] > 0.9 * last["prompt_tokens"]
-    assert [line["status"] for line in requests(site, model)] == [200] * 5
+    assert [line["status"] for line in requests(site, model, 5)] == [200] * 5
 
 
-def test_it_is_told_that_a_prompt_is_too_long_in_words_that_it_knows(site: Stage, tmp_path: Path) -> None:
+def test_it_knows_the_words_for_a_prompt_that_is_too_long(program: Path, site: Stage, tmp_path: Path) -> None:
     model = site.play("small", [Turn("Never said.")], context=4096)
-    said = claude(site, model, tmp_path, "Hello.")
+    said = claude(program, site, model, tmp_path, "Hello.")
     assert said[-1]["is_error"], said
     assert "Prompt is too long" in said[-1]["result"]
