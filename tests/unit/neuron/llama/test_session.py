@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import math
+import struct
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.helpers.aio import run
 from tests.helpers.exchanges import CHAT, COMPLETIONS, exchange, session
+from tests.helpers.wires import split
 
 from helexa.core.errors import BadRequest, UnsupportedModality, WrongTask
 from helexa.core.relay.upstream import Answer, Upstream
 from helexa.neuron.harness.base import Prepared
 from helexa.neuron.harness.llama import infill
+from helexa.neuron.harness.llama.mends_embeddings import Cut
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]}
@@ -319,12 +327,38 @@ def test_several_prompts_need_one(prompt: Any) -> None:
     assert session().prepare(exchange({"prompt": prompt, "stream": True}, COMPLETIONS)).mend is not None
 
 
-def test_dimensions_can_only_be_the_models_own() -> None:
-    embedder = session("embed", extra={"n_embd": 64})
+def test_dimensions_are_the_model_s_own_unless_its_profile_says_that_it_bears_a_cut() -> None:
+    geometry = {"geometry": SimpleNamespace(n_embd=64)}
+    embedder = session("embed", extra=geometry)
     assert embedder.prepare(exchange({"input": "a", "dimensions": 64}, "/v1/embeddings")) == Prepared()
     with pytest.raises(BadRequest, match="64 dimensions") as refused:
         embedder.prepare(exchange({"input": "a", "dimensions": 32}, "/v1/embeddings"))
     assert refused.value.param == "dimensions"
+    bearing = session("embed", abilities=("embed", "dimensions"), extra=geometry)
+    assert isinstance(bearing.prepare(exchange({"input": "a", "dimensions": 32}, "/v1/embeddings")).mend, Cut)
+    with pytest.raises(BadRequest, match="64 at most"):
+        bearing.prepare(exchange({"input": "a", "dimensions": 65}, "/v1/embeddings"))
+
+
+@given(
+    st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=8),
+    st.integers(1, 8),
+    st.lists(st.integers(0, 400), max_size=3),
+)
+def test_a_cut_embedding_has_length_one_again_in_either_form(vector: list[float], size: int, cuts: list[int]) -> None:
+    coded = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+    data = json.dumps({"data": [{"embedding": vector}, {"embedding": coded}], "usage": {"prompt_tokens": 3}}).encode()
+    mend = Cut(size)
+    assert [mend.feed(part) for part in split(data, cuts)] == [b""] * len(split(data, cuts))
+    answer = json.loads(mend.finish())
+    plain, read = (entry["embedding"] for entry in answer["data"])
+    assert struct.unpack(f"<{len(plain)}f", base64.b64decode(read)) == pytest.approx(plain, abs=1e-6)
+    assert len(plain) == min(size, len(vector))
+    length = math.hypot(*vector[:size])
+    assert [x * length for x in plain] == pytest.approx(vector[:size], abs=1e-6)
+    if length:
+        assert math.hypot(*plain) == pytest.approx(1)
+    assert answer["usage"] == {"prompt_tokens": 3}
 
 
 def test_a_null_encoding_is_the_default() -> None:

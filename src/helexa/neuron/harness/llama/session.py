@@ -21,8 +21,10 @@ from helexa.neuron.harness import openai_fields as fields
 from helexa.neuron.harness import openai_lists, system_messages
 from helexa.neuron.harness.base import Plan, Prepared
 from helexa.neuron.harness.llama import infill, refusals
+from helexa.neuron.harness.llama.geometry import Geometry
 from helexa.neuron.harness.llama.mends import AnswerMend, Echo, Reasoning, RerankMend, Step, Stops, TopLogprobs, Usages
 from helexa.neuron.harness.llama.mends_collect import Collector
+from helexa.neuron.harness.llama.mends_embeddings import Cut
 from helexa.neuron.harness.llama.mends_logprobs import CompletionLogprobs
 from helexa.neuron.harness.llama.mends_tools import WrittenCalls, call_schema
 from helexa.neuron.harness.llama.tools_as_text import messages_with_tools, needs_text
@@ -69,7 +71,8 @@ class LlamaSession:
         self._slots = plan.slots
         self._context = plan.context
         self._abilities = frozenset(plan.facts.capabilities)
-        self._n_embd: int | None = plan.facts.extra.get("n_embd")
+        geometry: Geometry | None = plan.facts.extra.get("geometry")
+        self._n_embd = geometry.n_embd if geometry is not None else None
         self._merges_system = plan.request.merge_system  # None: not known yet
         self._infill: infill.Marks | None = None
         self._prepare: dict[str, Callable[[Exchange], Prepared]] = {
@@ -298,15 +301,26 @@ class LlamaSession:
 
     def _embedding(self, exchange: Exchange) -> Prepared:
         asked = fields.read_embedding(exchange.body)
-        if asked.dimensions is not None and asked.dimensions != self._n_embd:
-            own = f"{self._n_embd} " if self._n_embd is not None else ""
+        body = None
+        if asked.encoding_format is None and b'"encoding_format"' in exchange.body:
+            body = splice(exchange.body, {"encoding_format": b'"float"'})  # null the engine refuses
+        return Prepared(body=body, mend=self._cut(asked.dimensions))
+
+    def _cut(self, dimensions: int | None) -> Cut | None:
+        """How an answer comes to the dimensions that were asked for."""
+        own = self._n_embd
+        if dimensions is None or dimensions == own:
+            return None
+        if own is not None and dimensions > own:
+            raise BadRequest(f"`dimensions` can be {own} at most: {self._model} gives no more.", param="dimensions")
+        if "dimensions" not in self._abilities:
+            gives = f"gives {own} dimensions, and " if own is not None else ""
             raise BadRequest(
-                f"`dimensions` cannot be chosen: {self._model} gives {own}dimensions, and is not known to bear a cut.",
+                f"`dimensions` cannot be chosen: {self._model} {gives}is not known to bear a cut. If it was trained "
+                'to, say so in its profile: capabilities = ["embed", "dimensions"].',
                 param="dimensions",
             )
-        if asked.encoding_format is None and b'"encoding_format"' in exchange.body:
-            return Prepared(body=splice(exchange.body, {"encoding_format": b'"float"'}))  # null the engine refuses
-        return Prepared()
+        return Cut(dimensions)
 
     def _rerank(self, exchange: Exchange) -> Prepared:
         asked = fields.read_rerank(exchange.body)
