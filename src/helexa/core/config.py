@@ -92,6 +92,13 @@ class Responses(Section, frozen=True):
     path: Text | None = None  # a SQLite file; left out: in memory
 
 
+class Trace(Section, frozen=True):
+    """A record of what is asked, without its words, for `cortex simulate --trace`."""
+
+    path: Text | None = None  # a whole path; left out: nothing is recorded
+    max_mb: Annotated[int, Meta(ge=1, le=1_048_576)] = 100  # then it begins anew, and the old one is kept as path.1
+
+
 class Eviction(Section, frozen=True):
     strategy: Literal["lru", "priority", "adaptive"] = "adaptive"
     defrag_after_cycles: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 50
@@ -111,6 +118,7 @@ class CortexSettings(Section, frozen=True):
     poll: Poll = Poll()
     loading: Loading = Loading()
     dialects: Dialects = Dialects()
+    trace: Trace = Trace()
     responses: Responses = Responses()
     neurons: list[NeuronEntry] = []
     drain_s: Grace = 30

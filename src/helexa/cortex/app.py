@@ -23,7 +23,7 @@ from helexa import __version__
 from helexa.core import logs
 from helexa.core.addresses import is_loopback
 from helexa.core.catalogue import Catalogue
-from helexa.core.config import CortexSettings, Responses, split_listen
+from helexa.core.config import CortexSettings, Responses, Trace, split_listen
 from helexa.core.dialects.neuron_request import Options
 from helexa.core.errors import Dialect, ShuttingDown
 from helexa.core.relay.contract import Endpoint
@@ -38,6 +38,7 @@ from helexa.cortex.metrics import Metrics
 from helexa.cortex.poller import Poller
 from helexa.cortex.reload import Files, Read, Reloader
 from helexa.cortex.response_store import MemoryStore, ResponseStore
+from helexa.cortex.trace_recorder import TraceRecorder
 from helexa.cortex.translated import Setup
 
 log = logs.get("cortex")
@@ -98,6 +99,7 @@ class Cortex:
             relayed=[endpoint.path for endpoint in ENDPOINTS],
             more_routes=responses_api.routes(self.responses),
         )
+        self.trace = _trace_recorder(settings.trace)
         director = CortexDirector(
             self.fleet,
             self.loader,
@@ -112,6 +114,7 @@ class Cortex:
                 ),
                 self.responses,
             ),
+            trace=self.trace,
         )
         self.server = Server(
             director=director,
@@ -123,6 +126,8 @@ class Cortex:
             cors_origins=gateway.cors_origins,
         )
         self.server.on_tick.append(self.request_log.flush)
+        if self.trace is not None:
+            self.server.on_tick.append(self.trace.flush)
         self.metrics_server = Server(director=None, app=_metrics_app(self._metrics_text))
 
     async def start(self) -> Addresses:
@@ -165,6 +170,8 @@ class Cortex:
         self.fleet.close()
         self.responses.close()
         self.request_log.flush()
+        if self.trace is not None:
+            await asyncio.to_thread(self.trace.close)
         return cut
 
     async def serve(self) -> None:
@@ -234,6 +241,12 @@ def _response_store(kept: Responses) -> ResponseStore:
     from helexa.cortex.response_file import FileStore  # SQLite, for those who want it
 
     return FileStore(Path(kept.path), max_bytes=size, age_s=age_s, clock=time.time)
+
+
+def _trace_recorder(kept: Trace) -> TraceRecorder | None:
+    if kept.path is None:
+        return None
+    return TraceRecorder(Path(kept.path), max_bytes=kept.max_mb << 20, wall=time.time, clock=time.monotonic)
 
 
 async def _listen(server: Server, listen: str, setting: str) -> str:

@@ -99,6 +99,7 @@ def serve(
     from helexa.cortex.app import CannotListen, Cortex
     from helexa.cortex.reload import Files
     from helexa.cortex.response_store import CannotKeep
+    from helexa.cortex.trace_recorder import CannotRecord
 
     def override(settings: CortexSettings) -> CortexSettings:
         if listen is None:
@@ -108,7 +109,7 @@ def serve(
     files = Files(config, os.environ, override=override)
     try:
         uvloop.run(Cortex(_read(files), files).serve())
-    except (CannotListen, CannotKeep) as err:
+    except (CannotListen, CannotKeep, CannotRecord) as err:
         fail(str(err), 2)
 
 

@@ -32,14 +32,16 @@ from helexa.core.lifecycle import ModelStatus
 from helexa.core.relay.contract import Exchange, Reply, Route
 from helexa.core.relay.wire import value_of
 from helexa.core.request_log import RequestLog
-from helexa.cortex import refusals
+from helexa.cortex import prefixes, refusals
 from helexa.cortex.fallbacks import Fallbacks
 from helexa.cortex.fleet import Fleet, Node, Replica
 from helexa.cortex.loader import Loader
 from helexa.cortex.metrics import OTHER, Metrics, Series
+from helexa.cortex.prefixes import Prompt
 from helexa.cortex.router import choose
 from helexa.cortex.routing import Routed, Routing
 from helexa.cortex.targets import Target, Targets, wrong_task
+from helexa.cortex.trace_recorder import TraceRecorder
 from helexa.cortex.translated import Setup, Translated
 from helexa.cortex.translations import TRANSLATIONS
 from helexa.cortex.work import Ticket
@@ -88,6 +90,7 @@ class CortexDirector:
         clock: Callable[[], float],
         rng: Random | None = None,
         setup: Setup | None = None,
+        trace: TraceRecorder | None = None,
     ) -> None:
         self._fleet = fleet
         self._loader = loader
@@ -96,6 +99,7 @@ class CortexDirector:
         self._wait_s = wait_s
         self._clock = clock
         self._setup = setup or Setup()
+        self._trace = trace
         self._rng = rng or Random()
         self._routing = Routing(self._rng, clock, metrics.routed)
         self._fallbacks = Fallbacks(loader.outlook, clock)
@@ -206,6 +210,8 @@ class CortexDirector:
                 exchange.error = pursuit.passed_on
             if pursuit.translated is not None:
                 pursuit.translated.over(exchange)
+            if self._trace is not None and exchange.endpoint.upstream_path != "/v1/tokens/count":
+                self._trace.add(exchange, pursuit.model.id, self._prompt_of(exchange, pursuit))
         self._metrics.record(exchange, series)
         self._log_request(exchange)
 
@@ -232,6 +238,13 @@ class CortexDirector:
             body = exchange.body if translated is None else translated.body("")
             pursuit.routed = self._routing.read(exchange, pursuit.model.id, body)
         return pursuit.routed.choose(replicas, tried)
+
+    def _prompt_of(self, exchange: Exchange, pursuit: Pursuit) -> Prompt | None:
+        """As the router has read it, or would have."""
+        if pursuit.routed is not None:
+            return pursuit.routed.prompt
+        translated = pursuit.translated
+        return prefixes.read(exchange.body if translated is None else translated.body(""), pursuit.model.id)
 
     def _send(self, exchange: Exchange, pursuit: Pursuit, replica: Replica) -> NodeRoute | Reply:
         translated = pursuit.translated

@@ -60,7 +60,7 @@ class Routing:
 class Routed:
     """One request to a model with several replicas."""
 
-    __slots__ = ("_choice", "_explains", "_model", "_model_id", "_prompt", "_reason", "_routing")
+    __slots__ = ("_choice", "_explains", "_model", "_model_id", "_reason", "_routing", "prompt")
 
     def __init__(
         self, routing: Routing, model_id: str, model: ModelRouter, prompt: prefixes.Prompt | None, *, explains: bool
@@ -68,14 +68,14 @@ class Routed:
         self._routing = routing
         self._model_id = model_id
         self._model = model
-        self._prompt = prompt
+        self.prompt = prompt
         self._explains = explains
         self._choice: Choice | None = None
         self._reason = b""  # the header line that says why, where the client asked for it
 
     def choose(self, replicas: Sequence[Replica], tried: Collection[str]) -> Replica | None:
         """HOT. As router.choose, of which it is the one for prompts."""
-        routing, prompt = self._routing, self._prompt
+        routing, prompt = self._routing, self.prompt
         if prompt is None:
             return router.choose(replicas, tried, routing.rng)
         now = routing.clock()

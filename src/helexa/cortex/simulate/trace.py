@@ -1,4 +1,4 @@
-"""A trace: who asked for which model when, one JSON object a line, in order of time. Never a word of a prompt.
+"""A trace: which model was asked for when, one JSON object a line. Never a word of a prompt.
 
 {"t": 12.5, "model": "qwen", "prompt_tokens": 812, "output_tokens": 140, "prefix": [91, 17]}
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 
 class Request(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """t: seconds since the trace began. prefix: ids of the prompt's prefixes, the shortest first, where recorded."""
+    """t: seconds since the trace began, or since 1970. prefix: ids of the prompt's prefixes, the shortest first,
+    where recorded."""
 
     t: float
     model: str
@@ -25,7 +27,12 @@ class BadTrace(Exception):
     """str() says which line and why."""
 
 
+_EPOCH: Final = 1e8  # a trace of three years would be a long one
+
+
 def read(path: Path) -> list[Request]:
+    """In order of time, which the lines need not be (a gateway writes a request down when it ends); the first at 0
+    where times are since 1970. Raises BadTrace."""
     decoder = msgspec.json.Decoder(Request)
     found: list[Request] = []
     with path.open("rb") as lines:
@@ -36,9 +43,11 @@ def read(path: Path) -> list[Request]:
                 request = decoder.decode(line)
             except msgspec.MsgspecError as err:
                 raise BadTrace(f"{path}:{number}: {err}") from err
-            if found and request.t < found[-1].t:
-                raise BadTrace(f"{path}:{number}: t = {request.t} is before the line above it ({found[-1].t})")
             found.append(request)
+    found.sort(key=lambda request: request.t)
+    if found and found[0].t >= _EPOCH:
+        begin = found[0].t
+        found = [msgspec.structs.replace(request, t=request.t - begin) for request in found]
     return found
 
 

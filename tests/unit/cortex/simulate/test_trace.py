@@ -14,10 +14,14 @@ def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert trace.read(tmp_path / "t.jsonl") == requests
 
 
+def test_lines_in_the_order_in_which_requests_ended_are_put_in_that_in_which_they_came(tmp_path: Path) -> None:
+    trace.write(tmp_path / "t.jsonl", [Request(1_764_000_002.5, "a"), Request(1_764_000_000.0, "b")])
+    assert trace.read(tmp_path / "t.jsonl") == [Request(0.0, "b"), Request(2.5, "a")]
+
+
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ('{"t": 1, "model": "a"}\n{"t": 0, "model": "a"}\n', ":2: t = 0.0 is before the line above it (1.0)"),
         ('{"t": 1, "model": "a"}\n{"model": "a"}\n', ":2: Object missing required field `t`"),
         ("no json\n", ":1: JSON is malformed"),
     ],
