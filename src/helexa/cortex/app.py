@@ -131,13 +131,15 @@ class Cortex:
         self.metrics_server = Server(director=None, app=_metrics_app(self._metrics_text))
 
     async def start(self) -> Addresses:
-        """Listening and polling. Raises CannotListen."""
+        """Polling, and then listening: the first request finds the fleet known. Raises CannotListen."""
         gateway = self.settings.gateway
-        api = await _listen(self.server, gateway.listen, "--listen, or [gateway] listen")
+        await self.poller.start()  # half a poll interval at most
         try:
+            api = await _listen(self.server, gateway.listen, "--listen, or [gateway] listen")
             metrics = await _listen(self.metrics_server, gateway.metrics_listen, "[gateway] metrics_listen")
         except CannotListen:
             await self.server.close()
+            await self.poller.stop()
             raise
         log.info(
             "listening",
@@ -149,7 +151,6 @@ class Cortex:
         )
         for warning in self._warnings:
             log.warning(warning)
-        await self.poller.start()
         self.loader.start()
         self.reloader.start()
         return Addresses(api, metrics)
