@@ -173,10 +173,16 @@ class DeviceEstimate(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Estimate(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """Answer of POST /models/estimate. fits is always written."""
+    """Answer of POST /models/estimate. fits is always written.
+
+    why:   why it does not fit; ways: what of the profile would make it fit, as `key = value`, any one of them
+    never: not with nothing else loaded either; why, ways and what is free are then about the empty node
+    """
 
     devices: list[DeviceEstimate]
     why: str | None = None
+    ways: list[str] = []
+    never: bool = False
     context: int | None = None
     slots: int | None = None
 

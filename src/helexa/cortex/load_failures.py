@@ -7,6 +7,7 @@ can act on it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from math import ceil
 from typing import Any, Final
 
@@ -50,7 +51,20 @@ _REASON_CHARS: Final = 600
 
 def of_reasons(reasons: Iterable[Reason]) -> tuple[Failure, ...]:
     """Why a placement did not find room, as what stands against each node."""
-    return tuple(Failure(r.node, _BY_BAR[r.bar], r.text, {"pins": r.pins} if r.pins else {}) for r in reasons)
+    return tuple(Failure(r.node, _BY_BAR[r.bar], r.text, _details(r)) for r in reasons)
+
+
+def _details(reason: Reason) -> dict[str, Any]:
+    """What a program can read of it."""
+    need = reason.need
+    details: dict[str, Any] = {"pins": reason.pins} if reason.pins else {}
+    if need is not None:
+        details["need_mb"] = need.total_mb
+        if need.split is not None:
+            details |= asdict(need.split)
+        if need.ways and need.told == reason.node:
+            details["ways"] = list(need.ways)
+    return details
 
 
 def read_refusal(node: str, status: int, body: bytes) -> Failure:
@@ -112,7 +126,9 @@ def no_place(fleet: Fleet, model_id: str, failures: Sequence[Failure], retry_aft
         message = f"no node can ever serve {model_id}: {told}"
         if Kind.PINNED in kinds:
             message = f"no node can serve {model_id} beside what is pinned ({', '.join(pins)}): {told}"
-        return ModelNotServable(message, param="model", details={"pins": list(pins)} if pins else None)
+        nodes = [{"node": f.node, **f.details} for f in failures if "need_mb" in f.details]
+        details = {**({"pins": list(pins)} if pins else {}), **({"nodes": nodes} if nodes else {})}
+        return ModelNotServable(message, param="model", details=details)
     profile = fleet.profiles.get(model_id)
     if profile is not None and profile.pinned_on and not set(profile.pinned_on) & fleet.nodes.keys():
         names = ", ".join(profile.pinned_on)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from helexa.cortex.plans import Need
+from helexa.core.lifecycle import Estimate
+from helexa.cortex.plans import Need, Split
 
 Make = tuple[tuple[str, int | None], ...]  # (name, total MB) of each device
 
@@ -53,10 +54,13 @@ class Needs:
         self._known(spec, make).least_mb = 0
         self._learn(spec, make, Need(tuple(mb for _, mb in sorted(memory_mb.items())), "measured"))
 
-    def estimated(self, spec: str, make: Make, need_mb: Mapping[int, int]) -> None:
+    def estimated(self, spec: str, make: Make, node: str, said: Estimate) -> None:
         """A node's estimate. What a load really took counts more, unless the estimate is what stands in its way."""
         before = self._known(spec, make).need
-        need = Need(tuple(mb for _, mb in sorted(need_mb.items())), "estimate")
+        parts = sorted(said.devices, key=lambda device: device.index)
+        split = Split(sum(d.weights_mb for d in parts), sum(d.kv_mb for d in parts), sum(d.overhead_mb for d in parts))
+        ways = tuple(said.ways) if said.never else ()
+        need = Need(tuple(d.need_mb for d in parts), "estimate", split, ways, node)
         if before is None or before.source != "measured" or need.total_mb > before.total_mb:
             self._learn(spec, make, need)
 

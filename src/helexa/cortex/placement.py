@@ -392,8 +392,11 @@ def _too_small(node: NodeView, wanted: Wanted, need: Need) -> Reason | None:
 
 def _never_fits(node: NodeView, usable: Sequence[DeviceView], need: Need, bar: Bar) -> Reason:
     has = " + ".join([f"{d.empty_mb:,}" for d in usable])
-    text = f"needs {need.total_mb:,} MB ({need.source}), and has {has} MB even when empty"
-    return Reason(node.name, bar, text + _strangers(usable))
+    figure = f"{need.total_mb:,} MB ({need.source}" + (f": {need.split})" if need.split is not None else ")")
+    text = f"needs {figure}, and has {has} MB even when empty{_strangers(usable)}"
+    if need.ways and need.told == node.name:
+        text += f"; it would fit with {' or '.join(need.ways)}"
+    return Reason(node.name, bar, text, need=need)
 
 
 def _strangers(devices: Iterable[DeviceView]) -> str:
@@ -409,17 +412,16 @@ def _held(node: NodeView, wanted: Wanted, need: Need, policy: Policy, now: float
         taken = {d.index: sum(r.memory_mb.get(d.index, 0) for r in pins) for d in usable}
         if _seat_in(node, wanted, [(max(0, d.empty_mb - taken[d.index]), d.index) for d in usable]) is None:
             held = ", ".join(f"{r.model} ({sum(r.memory_mb.values()):,} MB)" for r in pins)
-            text = f"needs {need.total_mb:,} MB, and what is pinned there leaves too little: {held}"
-            return Reason(node.name, Bar.PINNED, text, tuple(r.model for r in pins))
+            text = f"needs {need}, and what is pinned there leaves too little: {held}"
+            return Reason(node.name, Bar.PINNED, text, tuple(r.model for r in pins), need=need)
     room = " + ".join(f"{d.room_mb:,}" for d in usable)
-    text = f"needs {need.total_mb:,} MB and has {room} MB free"
+    text = f"needs {need} and has {room} MB free"
     promised = sum(d.reserved_mb for d in usable)
     text += f" ({promised:,} MB are promised to loads that have begun)" if promised else ""
     words = [f"{r.model} {_words(r, why, now)}" for r, why in kept if why is not None]
     young = [r.may_go_at for r, why in kept if why is Kept.YOUNG]
-    return Reason(
-        node.name, Bar.NOT_NOW, "; ".join([text, *words]), tuple(r.model for r in pins), min(young, default=None)
-    )
+    again_at = min(young, default=None)
+    return Reason(node.name, Bar.NOT_NOW, "; ".join([text, *words]), tuple(r.model for r in pins), again_at, need)
 
 
 def _words(resident: Resident, why: Kept, now: float) -> str:

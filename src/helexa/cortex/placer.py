@@ -199,7 +199,7 @@ class Placer:
         said = await self._orders.estimate(model_id, node)
         self._estimated_at[spec, make] = asyncio.get_running_loop().time()
         if isinstance(said, Estimate):
-            self._survey.needs.estimated(spec, make, {d.index: d.need_mb for d in said.devices})
+            self._survey.needs.estimated(spec, make, node.name, said)
             return None
         return said if said.kind is Kind.NEVER else None
 

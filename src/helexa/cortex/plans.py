@@ -62,16 +62,38 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """A need's parts, over all devices."""
+
+    weights_mb: int
+    kv_mb: int
+    overhead_mb: int
+
+    def __str__(self) -> str:
+        return f"weights {self.weights_mb:,}, KV cache {self.kv_mb:,}, overhead {self.overhead_mb:,}"
+
+
+@dataclass(frozen=True, slots=True)
 class Need:
     """What a model takes, MB. One figure: in all, however many devices it is spread over. Several: by device, as it
-    took them when it was spread over so many."""
+    took them when it was spread over so many.
+
+    split:  what it is made of, where a node's estimate said so
+    ways:   what of the profile would make it fit, by what `told` (a node) said of itself
+    """
 
     mb: tuple[int, ...]
     source: Source
+    split: Split | None = None
+    ways: tuple[str, ...] = ()
+    told: str = ""
 
     @property
     def total_mb(self) -> int:
         return self.mb[0] if len(self.mb) == 1 else sum(self.mb)
+
+    def __str__(self) -> str:
+        return f"{self.total_mb:,} MB" + (f" ({self.split})" if self.split is not None else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +156,15 @@ class Bar(Enum):
 
 
 class Reason(msgspec.Struct, frozen=True):
-    """text: for a person, without the node's name. again_at: when that may be over; None: nobody knows."""
+    """text: for a person, without the node's name. again_at: when that may be over; None: nobody knows. need: where
+    memory is what is missing."""
 
     node: str
     bar: Bar
     text: str
     pins: tuple[str, ...] = ()
     again_at: float | None = None
+    need: Need | None = None
 
 
 class NoPlan:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
+
 from helexa.core.errors import BadRequest, Conflict, HelexaError, NeverLoads
 from helexa.core.lifecycle import Estimate, LoadRequest
 from helexa.neuron.devices import Devices
@@ -49,7 +51,16 @@ class Planner:
         harness, facts = await asyncio.to_thread(self._inspect, request, files)
         await self._devices.refresh()
         plan = await asyncio.to_thread(harness.plan, request, files, facts, self._devices.free(without=without))
-        return plan.estimate
+        if plan.estimate.fits:
+            return plan.estimate
+        alone = (await asyncio.to_thread(harness.plan, request, files, facts, self._devices.empty())).estimate
+        return plan.estimate if alone.fits else msgspec.structs.replace(alone, never=True)
+
+    async def alone(self, request: LoadRequest, files: ModelFiles) -> tuple[Harness, Plan]:
+        """As if nothing were loaded; whether it fits is not asked."""
+        harness, facts = await asyncio.to_thread(self._inspect, request, files)
+        devices = self._devices.empty() or self._devices.free()
+        return harness, await asyncio.to_thread(harness.plan, request, files, facts, devices)
 
     def name_of(self, harness: Harness) -> str:
         return next(name for name, known in self._harnesses.items() if known is harness)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 from tests.helpers.aio import run
 from tests.helpers.fake_neuron import FakeNeuron
@@ -140,6 +141,29 @@ def test_what_no_node_could_hold_when_empty_is_refused_at_once() -> None:
             assert isinstance(error, ModelNotServable)
             assert "a: needs 5,000 MB (vram_mb), and has 4,000 MB even when empty" in error.message
             assert a.loads == b.loads == []
+
+    run(main())
+
+
+def test_what_never_fits_is_told_with_what_it_is_made_of_and_what_would_fit() -> None:
+    part = {"index": 0, "weights_mb": 3000, "kv_mb": 8000, "overhead_mb": 200, "free_mb": 10_000}
+    ways = ["slots = 1", "context = 2048"]
+    never = {"fits": False, "never": True, "why": "too much", "ways": ways, "devices": [part]}
+
+    async def main() -> None:
+        a = FakeNeuron(memory_mb=10_000)
+        a.answers["/models/estimate"] = (200, msgspec.json.encode(never))
+        async with gateway([ModelProfile(id="qwen", source="org/qwen")], a=a) as gate:
+            error = await refused(gate)
+            assert isinstance(error, ModelNotServable)
+            assert (
+                "a: needs 11,200 MB (estimate: weights 3,000, KV cache 8,000, overhead 200), and has 10,000 MB even "
+                "when empty; it would fit with slots = 1 or context = 2048" in error.message
+            )
+            (told,) = error.details["nodes"]
+            assert (told["node"], told["need_mb"], told["kv_mb"]) == ("a", 11_200, 8000)
+            assert told["ways"] == ways
+            assert a.loads == []
 
     run(main())
 

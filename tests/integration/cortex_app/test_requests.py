@@ -262,7 +262,7 @@ def test_what_can_never_fit_is_refused_at_once_with_the_figures(tmp_path: Path) 
             answer = await gateway.chat("m")
             error = error_of(answer.body)
             assert (answer.status, error["code"]) == (404, "model_not_servable")
-            assert "needs 4,000 MB (estimate), and has 1,000 MB even when empty" in error["message"]
+            assert "needs 4,000 MB (estimate: weights 4,000, KV cache 0, overhead 0), and has 1,000" in error["message"]
 
     run(scenario())
 

@@ -8,7 +8,7 @@ from tests.helpers.scripted import Script, ScriptedHarness, write_model
 
 from helexa.core.discovery import Device, DeviceHealth
 from helexa.core.errors import BadRequest, Conflict, HelexaError, NeverLoads
-from helexa.core.lifecycle import LoadRequest
+from helexa.core.lifecycle import Estimate, LoadRequest
 from helexa.neuron.devices import Devices
 from helexa.neuron.discovery import Probe, Reading
 from helexa.neuron.harness.base import ModelFiles
@@ -64,6 +64,22 @@ def test_what_an_unload_could_mend_is_told_apart_from_what_never_fits(
     assert refused.value.code == code
     assert (refused.value.details["need_mb"], refused.value.details["free_mb"]) == (needs_mb, free_mb)
     assert ("nload a model" in refused.value.message) == (kind is Conflict)
+
+
+@pytest.mark.parametrize(("needs_mb", "never", "free_mb"), [(600, False, 600), (601, False, 600), (1001, True, 1000)])
+def test_an_estimate_tells_what_fits_now_from_what_never_will(
+    tmp_path: Path, needs_mb: int, never: bool, free_mb: int
+) -> None:
+    path = write_model(tmp_path / "m.gguf", Script(needs_mb=needs_mb))
+    device = Device(index=0, name="d", kind="cpu", vram_total_mb=1000)
+    probe = Probe(Reading(devices=[device], health=lambda: [DeviceHealth(index=0, vram_free_mb=600)]))
+
+    async def main() -> Estimate:
+        planner = Planner({"good": ScriptedHarness()}, Devices(probe, None, lambda health: None))
+        return await planner.estimate(LoadRequest(model_id="m"), ModelFiles("m", (path,)), without=None)
+
+    said = run(main())
+    assert (said.fits, said.never, said.devices[0].free_mb) == (needs_mb == 600, never, free_mb)
 
 
 def test_what_fits_is_reserved(tmp_path: Path) -> None:

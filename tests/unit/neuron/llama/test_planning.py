@@ -80,6 +80,8 @@ def test_a_context_that_was_asked_for_is_not_shrunk_but_refused_with_the_figures
     assert "4000 MB are free" in why
     assert "weights 1100, KV cache 5120, overhead" in why
     assert "It would fit with context = 16384 or slots = 1" in why
+    assert found.estimate.ways[:2] == ["context = 16384", "slots = 1"]
+    assert planned(cpu()).estimate.ways == []
 
 
 def test_slots_share_the_context_where_the_cache_is_unified() -> None:

@@ -68,7 +68,8 @@ def plan(request: LoadRequest, files: ModelFiles, facts: ModelFacts, devices: Se
     )
     load, placement = _place(request, facts, load, usable, gpu_layers)
     needs = _needs(load, placement)
-    why = _why(request, files, load, placement, needs)
+    ways = _ways_out(load, placement)
+    why = _why(request, files, load, placement, needs, ways)
     return Plan(
         request=request,
         files=files,
@@ -85,6 +86,7 @@ def plan(request: LoadRequest, files: ModelFiles, facts: ModelFacts, devices: Se
                 for device, need in zip(placement.devices, needs, strict=True)
             ],
             why=why,
+            ways=ways if why is not None else [],
             context=load.context,
             slots=load.slots,
         ),
@@ -235,7 +237,9 @@ def _fits(load: Load, placement: Placement) -> bool:
     return all(n.total_mb <= d.free_mb for n, d in zip(needs, placement.devices, strict=True))
 
 
-def _why(request: LoadRequest, files: ModelFiles, load: Load, placement: Placement, needs: list[Need]) -> str | None:
+def _why(
+    request: LoadRequest, files: ModelFiles, load: Load, placement: Placement, needs: list[Need], ways: list[str]
+) -> str | None:
     if request.min_devices and placement.devices[0].kind != "cpu" and len(placement.devices) < request.min_devices:
         return f"{files.model_id} asks for {request.min_devices} devices; {len(placement.devices)} can be used here"
     small = [d for d in placement.devices if d.total_mb < (request.min_device_vram_mb or 0)]
@@ -254,11 +258,14 @@ def _why(request: LoadRequest, files: ModelFiles, load: Load, placement: Placeme
         return None
     unit = "tokens shared" if load.kv_unified else "tokens each"
     head = f"{files.model_id} with {load.slots} slots of {load.context} {unit} needs " + "; and ".join(short)
-    return f"{head}. {_ways_out(load, placement)}."
+    out = f"It would fit with {' or '.join(ways)}" if ways else "Use a smaller quantisation, or another node"
+    return f"{head}. {out}."
 
 
-def _ways_out(load: Load, placement: Placement) -> str:
-    """What would fit, tried rather than guessed."""
+def _ways_out(load: Load, placement: Placement) -> list[str]:
+    """What would fit, tried rather than guessed; nothing where it fits as it is."""
+    if _fits(load, placement):
+        return []
     ways = []
     for context in (load.context // 2, load.context // 4, load.context // 8, 2048, 512):
         if 256 <= context < load.context and _fits(replace(load, context=context), placement):
@@ -272,9 +279,7 @@ def _ways_out(load: Load, placement: Placement) -> str:
         layers = next((n for n in range(placement.gpu_layers - 1, 0, -1) if _fits_with(load, placement, n)), 0)
         if layers:
             ways.append(f"gpu_layers = {layers} (the rest on the CPU)")
-    if ways:
-        return f"It would fit with {' or '.join(ways)}"
-    return "Use a smaller quantisation, or another node"
+    return ways
 
 
 def _fits_with(load: Load, placement: Placement, gpu_layers: int) -> bool:
