@@ -132,6 +132,10 @@ def test_a_stream_says_the_same_as_the_whole_answer_and_begins_with_the_role(cli
     assert text == whole.choices[0].message.content
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
     assert all(chunk.usage is None for chunk in chunks)  # asked for by the gateway only
+    timings: Any = (chunks[-1].model_extra or {})["timings"]  # which stand in the engine's usage
+    assert whole.usage is not None
+    assert timings["predicted_n"] == whole.usage.completion_tokens
+    assert chunks[-1].choices[0].model_extra == whole.choices[0].model_extra == {"stop_reason": None}
 
 
 def test_a_stream_tells_its_usage_to_those_who_ask(client: OpenAI) -> None:

@@ -92,6 +92,7 @@ def _seated(exchange: Exchange, seat: Seat) -> Route:
         first_event=prepared.first_event,
         content_type=prepared.content_type,
         cut_progress=prepared.cut_progress,
+        stop_reason=exchange.endpoint.generates,
     )
 
 

@@ -127,7 +127,7 @@ def test_pinned_models_in_the_way_are_named_at_once() -> None:
             error = await refused(gate)
             assert isinstance(error, ModelNotServable)
             assert "beside what is pinned (big)" in error.message
-            assert error.details == {"pins": ["big"]}
+            assert error.details["pins"] == ["big"]
             assert a.loads == []
 
     run(main())

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 from tests.helpers.aio import run
 from tests.helpers.fake_neuron import FakeNeuron, neurons
 from tests.helpers.gateway import SETTINGS, cortex, cortex_process, environment, write_settings
@@ -83,6 +85,27 @@ def test_the_fleet_is_told_with_its_nodes_devices_and_models(tmp_path: Path) -> 
             assert (beast["state"], beast["models"][0]["status"]) == ("up", "loaded")
             assert {"name", "endpoint", "since", "discovery", "health"} <= beast.keys()
             assert (dead["state"], "last_error" in dead) == ("down", True)
+
+    run(scenario())
+
+
+def test_the_very_first_request_finds_what_its_nodes_have(tmp_path: Path) -> None:
+    """However long they take for their first answer, within a poll's deadline."""
+
+    class Slow(FakeNeuron):
+        async def _models(self, request: Request) -> Response:
+            await asyncio.sleep(0.3)
+            return await super()._models(request)
+
+    node = Slow()
+    node.put("m", "loaded", tell=False)
+    patient = SETTINGS.replace("interval_s = 0.4", "interval_s = 4")
+
+    async def scenario() -> None:
+        async with neurons(node), cortex(tmp_path, {"slow": node.url, "dead": DEAD}, toml=patient) as gateway:
+            (entry,) = (await gateway.get("/v1/models")).json()["data"]
+            assert (entry["id"], entry["status"]["value"]) == ("m", "loaded")
+            assert (await gateway.get("/ready")).status == 200
 
     run(scenario())
 

@@ -248,7 +248,10 @@ def test_where_no_node_has_room_in_time_the_503_says_what_is_in_the_way(tmp_path
             answer = await gateway.chat("m")
             error = error_of(answer.body)
             assert (answer.status, error["code"]) == (503, "overloaded")
-            assert "needs 600 MB and has 100 MB free; busy is in use (1 request)" in error["message"]
+            assert (
+                "needs 600 MB (weights 600, KV cache 0, overhead 0) and has 100 MB free; busy is in use (1 request)"
+                in error["message"]
+            )
 
     run(scenario())
 

@@ -106,6 +106,44 @@ def test_a_stream_arrives_whole_without_the_usage_that_nobody_asked_for(
     assert not line.wire.closed
 
 
+TIMED_USAGE = event(id="c1", choices=[], usage={"prompt_tokens": 7}, timings={"predicted_n": 3, "predicted_ms": 0.5})
+
+
+@given(texts=TEXTS, cuts=st.lists(st.integers(0, 4000), max_size=8), one_write=st.booleans())
+def test_the_timings_of_a_usage_that_is_cut_stand_in_the_event_before_as_without_it(
+    texts: list[str], cuts: list[int], one_write: bool
+) -> None:
+    """The engine writes both at once."""
+    events = [*map(delta, texts), STOP + TIMED_USAGE, DONE]
+    line = Line(cut_usage=True)
+    raw = HEAD + b"".join(b"%x\r\n%b\r\n" % (len(e), e) for e in events) + b"0\r\n\r\n"
+    line.hear(*([raw] if one_write else split(raw, cuts)))
+    *before, stop, done = line.body.split(b"\n\n")[:-1]
+    assert [block + b"\n\n" for block in before] == [delta(text) for text in texts]
+    told = json.loads(stop[5:])
+    assert told.pop("timings") == {"predicted_n": 3, "predicted_ms": 0.5}
+    assert told == json.loads(STOP[5:])
+    assert done + b"\n\n" == DONE
+    (exchange,) = line.director.finished
+    assert (exchange.usage, exchange.timings) == (Usage(7, 0, 0), {"predicted_n": 3, "predicted_ms": 0.5})
+
+
+@given(texts=TEXTS, cuts=st.lists(st.integers(0, 4000), max_size=8), asked=st.booleans(), told=st.booleans())
+def test_a_node_says_that_no_stop_string_ended_it_wherever_the_reads_were_cut(
+    texts: list[str], cuts: list[int], asked: bool, told: bool
+) -> None:
+    choice = {"index": 0, "delta": {}, "finish_reason": "stop", **({"stop_reason": "END"} if told else {})}
+    stop = event(id="c1", choices=[choice])
+    events = [*map(delta, texts), stop + (USAGE if asked else b""), DONE]
+    line = Line(ASK_USAGE if asked else ASK, stop_reason=True)
+    line.hear(*split(HEAD + b"".join(b"%x\r\n%b\r\n" % (len(e), e) for e in events) + b"0\r\n\r\n", cuts))
+    blocks = [block + b"\n\n" for block in line.body.split(b"\n\n")[:-1]]
+    assert blocks[: len(texts)] == [delta(text) for text in texts]
+    (ended,) = json.loads(blocks[len(texts)][5:])["choices"]
+    assert ended == {**choice, "stop_reason": "END" if told else None}
+    assert blocks[len(texts) + 1 :] == [*([USAGE] if asked else []), DONE]
+
+
 @given(texts=TEXTS, at=st.integers(0, 3000), reads=st.integers(1, 200))
 def test_an_upstream_that_dies_anywhere_is_told_in_an_event_or_by_a_cut_and_never_by_a_done(
     texts: list[str], at: int, reads: int

@@ -50,7 +50,7 @@ class Connection(asyncio.Protocol):
     parts:     decoded body bytes of the reads since the owner last took them; while it passes, whole reads among them
     in_chunk:  in the data of a chunk
     passing:   whole events go to `write` as they come, and the owner is not asked; parts then keeps the last of them
-    cut_usage: an event with usage ends the passing
+    heed:      bytes in whose read the passing ends; b"" for none
     reads:     reads of this response
     served:    it has carried a whole response
     framed:    the head announced a length or chunks; set by the owner, which reads the head
@@ -60,12 +60,12 @@ class Connection(asyncio.Protocol):
         "__weakref__",
         "closed",
         "complete",
-        "cut_usage",
         "feed_data",
         "framed",
         "head",
         "head_raw",
         "headers_done",
+        "heed",
         "in_chunk",
         "interim",
         "keep",
@@ -100,14 +100,15 @@ class Connection(asyncio.Protocol):
         self.head_raw = b""
         self.rest = b""
         self.headers_done = self.complete = self.in_chunk = self.interim = self.keep = self.framed = False
-        self.passing = self.cut_usage = False
+        self.passing = False
+        self.heed = b""
         self.reads = 0
         self.write: Callable[[bytes], None] | None = None
         self.parts.clear()
 
-    def start_passing(self, write: Callable[[bytes], None], *, cut_usage: bool) -> None:
+    def start_passing(self, write: Callable[[bytes], None], heed: bytes) -> None:
         """From a point between two events and two chunks on: reads that hold whole events go to `write`."""
-        self.write, self.cut_usage, self.passing = write, cut_usage, True
+        self.write, self.heed, self.passing = write, heed, True
 
     # asyncio's calls
 
@@ -137,7 +138,7 @@ class Connection(asyncio.Protocol):
             size_line is not None
             and data[: len(size_line)] == size_line
             and data[-4:] == EVENT_END
-            and not (self.cut_usage and b'"usage":' in data)
+            and not (self.heed and self.heed in data)
         ):
             self.write(data)  # type: ignore[misc]
             parts.append(data)
@@ -151,7 +152,7 @@ class Connection(asyncio.Protocol):
             self.owner.broken(err)  # type: ignore[union-attr]
             return
         # A read may end inside a chunk, or inside the next one's size line, which llhttp has not told of yet.
-        if not self.in_chunk and data.endswith(EVENT_END) and not (self.cut_usage and b'"usage":' in data):
+        if not self.in_chunk and data.endswith(EVENT_END) and not (self.heed and self.heed in data):
             self.write(data)  # type: ignore[misc]
             if mark > 64:
                 del parts[:-8]  # what the end of a stream is told from

@@ -116,6 +116,7 @@ class Route(msgspec.Struct, eq=False):
         None  # told to the client in place of the upstream's: the mend makes another kind of body
     )
     cut_progress: bool = False  # take the prefill's progress events out of a stream whose client did not ask for them
+    stop_reason: bool = False  # see to it that `stop_reason` stands beside each finish reason of a stream, if only null
     cut_usage: bool = False  # take the usage event out of a stream whose client did not ask for it
     # The mend makes whole events of another dialect: none of them is scanned, any of them commits, and what the relay
     # would have read out of them (usage, the first token, why it ended) the mend itself writes into the Exchange.

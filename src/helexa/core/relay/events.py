@@ -23,7 +23,7 @@ _BLANK_LINE: Final = re.compile(rb"\r?\n\r?\n")
 class Events:
     """Decoded body bytes in (any cut), whole events out.
 
-    cut_usage, cut_progress, first_event: as in contract.Route
+    cut_usage, cut_progress, first_event, stop_reason: as in contract.Route
     pending:      the beginning of an event that is not whole yet
     committed:    something other than a comment came; an attempt elsewhere is too late
     done_seen:    [DONE] came, so that nothing is lost if the connection is
@@ -34,19 +34,31 @@ class Events:
     __slots__ = (
         "_cut_progress",
         "_cut_usage",
+        "_ending",
         "_exchange",
         "_first_event",
+        "_stop_reason",
         "committed",
         "done_seen",
         "early_error",
         "pending",
     )
 
-    def __init__(self, exchange: Exchange, *, cut_usage: bool, cut_progress: bool, first_event: bool) -> None:
+    def __init__(
+        self,
+        exchange: Exchange,
+        *,
+        cut_usage: bool,
+        cut_progress: bool = False,
+        first_event: bool = False,
+        stop_reason: bool = False,
+    ) -> None:
         self._exchange = exchange
         self._cut_usage = cut_usage
         self._cut_progress = cut_progress
         self._first_event = first_event
+        self._stop_reason = stop_reason
+        self._ending = b""  # the event with a finish reason, while the usage that follows it is to be cut
         self.pending = b""
         self.committed = self.done_seen = False
         self.early_error: Any = None
@@ -54,7 +66,8 @@ class Events:
     @property
     def may_pass(self) -> bool:
         """The first token came, usage did not: until it does, nothing in the stream is to be looked at."""
-        return not self.pending and self._exchange.t_first_token > 0 and self._exchange.usage is None
+        exchange = self._exchange
+        return not self.pending and not self._ending and exchange.t_first_token > 0 and exchange.usage is None
 
     def feed(self, part: bytes, *, last: bool) -> bytes:
         """last: the body ends with this part."""
@@ -70,6 +83,8 @@ class Events:
         if last and self.pending and self.early_error is None:
             self._take(self.pending + b"\n\n", out)  # an engine that forgot its last blank line
             self.pending = b""
+        if last:
+            self._let_ending_go(out)
         return b"".join(out)
 
     def go_on(self, *, last: bool) -> bytes:
@@ -97,11 +112,32 @@ class Events:
                 if not found.has_role:
                     out.append(_role_event(found))
             if self._cut_usage and found.is_usage_only:
+                self._keep_timings(block)
                 return
+            if exchange.finish_reason is not None:
+                self._let_ending_go(out)
+                if self._stop_reason and scan.FINISH in block and b'"stop_reason":' not in block:
+                    block = block.replace(scan.FINISH, b'"stop_reason":null,' + scan.FINISH)
+                if self._cut_usage and scan.FINISH in block:
+                    self.committed, self._ending = True, block
+                    return
         elif block.startswith(DONE):
             self.done_seen = True
+        self._let_ending_go(out)
         self.committed = True
         out.append(block)
+
+    def _let_ending_go(self, out: list[bytes]) -> None:
+        if self._ending:
+            out.append(self._ending)
+            self._ending = b""
+
+    def _keep_timings(self, usage: bytes) -> None:
+        """The engine's timings stand in its last event, which is the usage where that was asked for: without it, they
+        would stand in the one before."""
+        at = self._ending.rfind(b"}")
+        if at > 0 and scan.TIMINGS not in self._ending and (raw := scan.object_after(usage, scan.TIMINGS)) is not None:
+            self._ending = b"%b,%b%b%b" % (self._ending[:at], scan.TIMINGS, raw, self._ending[at:])
 
 
 def _role_event(found: scan.Chunk) -> bytes:

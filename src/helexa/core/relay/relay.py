@@ -10,8 +10,9 @@ The states of the answer, in order; what may still happen in each:
     OVER      released and counted
 
 A stream is read carefully (event by event, framed anew) until its first token, where a read does not end with a whole
-event, and from the usage event on; in between, a read is passed as it came. Raw bytes are only ever passed from and to
-a point between chunks and between events, so that an event of ours (heartbeat, error) fits at any time.
+event, and from the event on that must not pass as it is; in between, a read is passed as it came. Raw bytes are only
+ever passed from and to a point between chunks and between events, so that an event of ours (heartbeat, error) fits at
+any time.
 """
 
 from __future__ import annotations
@@ -62,10 +63,10 @@ class Pair:
         "_again",
         "_body",
         "_chunked",
-        "_cut",
         "_done_seen",
         "_events",
         "_extra",
+        "_heed",
         "_held_head",
         "_mend",
         "_paused_since",
@@ -114,7 +115,8 @@ class Pair:
         self._events: Events | None = None
         self._held_head = b""
         self._tail: list[bytes] = []
-        self._cut = self._raw_ok = self._done_seen = False
+        self._raw_ok = self._done_seen = False
+        self._heed = b""
         self._mend: Any = None
         self._translates = False
 
@@ -293,9 +295,14 @@ class Pair:
             self.phase = Phase.ERROR
         elif self.exchange.stream and kind.startswith(b"text/event-stream"):
             self.phase = Phase.STREAM
-            self._cut = route.cut_usage and not self.exchange.wants_usage
+            cut = route.cut_usage and not self.exchange.wants_usage
+            self._heed = scan.USAGE if cut else scan.FINISH if route.stop_reason else b""
             self._events = Events(
-                self.exchange, cut_usage=self._cut, cut_progress=route.cut_progress, first_event=route.first_event
+                self.exchange,
+                cut_usage=cut,
+                cut_progress=route.cut_progress,
+                first_event=route.first_event,
+                stop_reason=route.stop_reason,
             )
             self._raw_ok = self._chunked and self._mend is None and chunked
         elif self.head_sent:
@@ -384,7 +391,7 @@ class Pair:
                 UpstreamError(f"{self.exchange.node} sent an event of over {sse.MAX_EVENT_BYTES} bytes")
             )
         elif self._raw_ok and events.may_pass and not connection.in_chunk and raw.endswith(EVENT_END):
-            connection.start_passing(self.write, cut_usage=self._cut)
+            connection.start_passing(self.write, self._heed)
 
     def _moved_on(self, told: Any) -> bool:
         """An upstream whose own head was out already can only say in an event that it failed."""

@@ -6,7 +6,7 @@ Pure. Everything is found in decoded body bytes, in the neuron's chat dialect.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -14,11 +14,12 @@ from helexa.core.bodies import try_decode
 from helexa.core.errors import UpstreamError
 from helexa.core.relay.contract import Exchange, Usage
 
-_USAGE = b'"usage":'
-_TIMINGS = b'"timings":'
-_FINISH = b'"finish_reason":"'
+# As a node writes them, without a space; unescaped they cannot stand inside a JSON string.
+USAGE: Final = b'"usage":'
+TIMINGS: Final = b'"timings":'
+FINISH: Final = b'"finish_reason":"'
 _SHORT = 4096
-_TELLING = (_USAGE, _TIMINGS, b'"finish_reason":', b'"error":')
+_TELLING = (USAGE, TIMINGS, b'"finish_reason":', b'"error":')
 _OBJECT = re.compile(rb"\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})")
 
 
@@ -127,18 +128,18 @@ def settle_whole(exchange: Exchange, tail: bytes) -> None:
     if len(tail) <= _SHORT and (found := try_decode(_chunks, tail)) is not None:
         note(exchange, found)  # for a short answer quicker than the search
         return
-    if (raw := _object_after(tail, _USAGE)) is not None:
+    if (raw := object_after(tail, USAGE)) is not None:
         usage = try_decode(_usages, raw)
         exchange.usage = usage.known() if usage is not None else None
-    if _TIMINGS in tail and (raw := _object_after(tail, _TIMINGS)) is not None:
+    if TIMINGS in tail and (raw := object_after(tail, TIMINGS)) is not None:
         exchange.timings = try_decode(_timings, raw)
-    if (at := tail.rfind(_FINISH)) >= 0:
-        end = tail.find(b'"', at + len(_FINISH))
-        exchange.finish_reason = tail[at + len(_FINISH) : end].decode("utf-8", "replace") if end > 0 else None
+    if (at := tail.rfind(FINISH)) >= 0:
+        end = tail.find(b'"', at + len(FINISH))
+        exchange.finish_reason = tail[at + len(FINISH) : end].decode("utf-8", "replace") if end > 0 else None
 
 
-def _object_after(tail: bytes, key: bytes) -> bytes | None:
-    """The object (of objects at most) behind the last `key`. An unescaped `"usage":` cannot stand in a JSON string."""
+def object_after(tail: bytes, key: bytes) -> bytes | None:
+    """The object (of objects at most) behind the last `key`."""
     at = tail.rfind(key)
     found = _OBJECT.match(tail, at + len(key)) if at >= 0 else None
     return found.group(1) if found is not None else None

@@ -41,7 +41,7 @@ class _Choice:
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._calls: dict[int, dict[str, Any]] = {}
-        self._rest: dict[str, Any] = {"finish_reason": None}
+        self._rest: dict[str, Any] = {"finish_reason": None, "stop_reason": None}
         self._logprobs: dict[str, list[Any]] | None = None
 
     def add(self, choice: dict[str, Any]) -> None:
