@@ -12,7 +12,8 @@ Its model files are a line that begins with GGUF and goes on as JSON, the `Scrip
     keeps                the engine has a prompt cache that can be saved (see Memory); "dies": and dies when restored to
 
 A request says what to do in its body: {"do": "answer" | "stream" | "stall" | "burn" | "die" | "lie" | "talk"}. How
-often a model was loaded stands in a file beside it.
+often a model was loaded stands in a file beside it, and in another one how often a host was begun that only
+counts its tokens, which takes COUNTING_MB and heeds no more of the script than `fail`.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from helexa.neuron.harness.base import (
 )
 
 EXIT_CODE = 7
+COUNTING_MB = 40
 
 
 class Script(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
@@ -74,6 +76,12 @@ def write_model(path: Path, script: Script | None = None) -> Path:
 def loads_of(path: Path) -> int:
     """How many loads of this file were begun in a host."""
     marks = path.with_suffix(".loads")
+    return marks.stat().st_size if marks.exists() else 0
+
+
+def counting_hosts_of(path: Path) -> int:
+    """How many hosts were begun to count its tokens."""
+    marks = path.with_suffix(".counts")
     return marks.stat().st_size if marks.exists() else 0
 
 
@@ -150,9 +158,21 @@ class ScriptedHarness:
             "states": str(states) if states else None,
         }
 
+    def counting_spec(self, plan: Plan, socket: Path, api_key: str) -> dict[str, Any]:
+        return {**self.host_spec(plan, socket, api_key), "counts": True}
+
+    def counting_mb(self, plan: Plan) -> int:
+        return COUNTING_MB
+
     def serve(self, spec: dict[str, Any], progress: Callable[[float], None]) -> ScriptedEngine:
         path = Path(spec["file"])
         script = _script(path)
+        if spec.get("counts"):
+            with path.with_suffix(".counts").open("ab") as marks:
+                marks.write(b".")
+            if script.fail:
+                raise RuntimeError(script.fail)
+            return ScriptedEngine(spec["socket"], spec["api_key"], script, None)
         with path.with_suffix(".loads").open("ab") as marks:
             marks.write(b".")
         if script.noise:
@@ -189,7 +209,11 @@ class ScriptedSession:
     def refusal(self, exchange: Exchange, status: int, body: bytes) -> HelexaError | None:
         return None
 
+    def check_chats(self) -> None:
+        pass
+
     async def count_tokens(self, body: bytes, engine: Upstream) -> int:
+        await engine.fetch("POST", "/v1/chat/completions", b"{}")  # it is there
         return len(body.split())
 
 

@@ -32,7 +32,7 @@ from helexa.core.lifecycle import ModelStatus
 from helexa.core.relay.contract import Exchange, Reply, Route
 from helexa.core.relay.wire import value_of
 from helexa.core.request_log import RequestLog
-from helexa.cortex import prefixes, refusals
+from helexa.cortex import counting, prefixes, refusals
 from helexa.cortex.fallbacks import Fallbacks
 from helexa.cortex.fleet import Fleet, Node, Replica
 from helexa.cortex.loader import Loader
@@ -66,6 +66,7 @@ class Pursuit(msgspec.Struct, eq=False):
     others: tuple[Target, ...] = ()  # what the alias lists beside it, not tried yet
     reasons: tuple[str, ...] = ()  # why those that the alias lists and that were tried could not serve it
     translated: Translated | None = None  # the request, where nodes do not speak its dialect
+    counts: bool = False  # its tokens are counted, and nothing is loaded for that
     routed: Routed | None = None  # where the model has several replicas
     headers_back: bytes = b""  # for the client, once a node is asked: which model answers was open before
     series: Series | None = None  # of the latest attempt, as is
@@ -117,7 +118,7 @@ class CortexDirector:
         1. A name that nobody knows, or a task that is not the model's, is refused before anything is sent.
         2. A loaded replica that was not tried: there.
         3. All tried: a node that failed ends it with its error; nodes that asked to wait are waited for.
-        4. Loaded nowhere: wait for a load.
+        4. Loaded nowhere: wait for a load. But tokens are counted without one (counting.py).
 
         Of an alias that lists several models, the first that can serve it in time; where that fails, the next.
         """
@@ -133,6 +134,8 @@ class CortexDirector:
                 if reply is not None:
                     exchange.headers_back = pursuit.headers_back
                     return reply
+        if pursuit.counts:
+            return self._count(exchange, pursuit)
         replica = self._choose(exchange, pursuit, pursuit.model.replicas, exchange.tried)
         if replica is not None:
             return self._send(exchange, pursuit, replica)
@@ -152,7 +155,8 @@ class CortexDirector:
         assert isinstance(route, NodeRoute)
         pursuit: Pursuit = exchange.state
         model, node = pursuit.model.id, route.replica.node.name
-        error = refusals.judge(model, node, status, body)
+        judge = counting.judge if pursuit.counts else refusals.judge
+        error = judge(model, node, status, body)
         code, message = refusals.code_and_message(body)
         if status >= 500 or error is not None:
             self._metrics.upstream_error(node, str(status))
@@ -166,6 +170,8 @@ class CortexDirector:
             pursuit.passed_on = refusals.NodeSaid(code, message or f"{node} answered {status}")
             return None
         pursuit.last_error = error
+        if pursuit.counts:
+            return error
         if isinstance(error, ModelLoading | ModelUnloading):
             self._fleet.model_refused(route.replica, refusals.state_of(error))
         elif isinstance(error, UpstreamError):
@@ -280,6 +286,21 @@ class CortexDirector:
                 route.content_type = translated.content_type(exchange)
         return route
 
+    def _count(self, exchange: Exchange, pursuit: Pursuit) -> Route | Reply | Awaitable[Route | Reply]:
+        model = pursuit.model
+        found = counting.choose(self._fleet, model.id, model.replicas, exchange.tried, self._rng)
+        if found is None:
+            error = pursuit.last_error or counting.nobody(model.id)
+            if self._falls_back(exchange, pursuit, error):
+                return self.route(exchange)
+            _tell_all(error, pursuit)
+            raise error
+        replica, profile = found
+        route = self._send(exchange, pursuit, replica)
+        if profile is not None and isinstance(route, Route) and route.body is not None:
+            route.body = counting.with_profile(route.body, profile)
+        return route
+
     def _take_up(self, exchange: Exchange, pursuit: Pursuit, target: Target) -> None:
         """From now on the request is one for this model. HOT, once per request."""
         path = exchange.endpoint.path
@@ -292,6 +313,7 @@ class CortexDirector:
         translate = TRANSLATIONS.get(path)
         if translate is not None:
             pursuit.translated = translate(exchange, target.context, self._setup)
+            pursuit.counts = exchange.endpoint.upstream_path == counting.PATH
         pursuit.headers_back = exchange.headers_back + target.named
 
     def _first_of(self, exchange: Exchange, pursuit: Pursuit, options: tuple[Target, ...]) -> Target:

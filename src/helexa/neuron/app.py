@@ -40,7 +40,6 @@ from helexa.core.errors import (
     render,
 )
 from helexa.core.lifecycle import LoadRequest, ModelInfo, ModelStatus, UnloadRequest
-from helexa.core.relay.contract import Peek
 from helexa.neuron.director import STARTING
 from helexa.neuron.events import EventStream, Hub
 from helexa.neuron.guard import Guard
@@ -54,7 +53,16 @@ _log = logs.get("neuron")
 _encode = msgspec.json.Encoder().encode
 _load_request = msgspec.json.Decoder(LoadRequest)
 _unload_request = msgspec.json.Decoder(UnloadRequest)
-_peek = msgspec.json.Decoder(Peek)
+
+
+class _Count(msgspec.Struct):
+    """What of a body to be counted the daemon itself reads. profile: how the model would be loaded, if it is not."""
+
+    model: str | None = None
+    profile: LoadRequest | None = None
+
+
+_count = msgspec.json.Decoder(_Count)
 
 # Before the devices are known, these tell that the process is well.
 ALWAYS: Final = frozenset({"/health", "/version"})
@@ -217,21 +225,26 @@ class ControlPlane:
 
     async def _count_tokens(self, request: Request) -> Response:
         body = await _json_body(request)
-        peek = decode(_peek, body)
-        model = request.headers.get("x-helexa-model") or peek.model
+        asked = decode(_count, body)
+        model = request.headers.get("x-helexa-model") or asked.model
         if not model:
             raise BadRequest("`model` is missing", param="model")
-        return _json({"input_tokens": await self._ready.models.count_tokens(model, body)})
+        if asked.profile is not None:
+            self._check_profile(request, asked.profile)
+        return _json({"input_tokens": await self._ready.models.count_tokens(model, body, asked.profile)})
 
     async def _profile(self, request: Request) -> LoadRequest:
         """The load request of this body, its paths checked against what this caller may name."""
         wanted = await _read(request, _load_request)
+        self._check_profile(request, wanted)
+        return wanted
+
+    def _check_profile(self, request: Request, wanted: LoadRequest) -> None:
         _need_id(wanted.id, wanted.model_id, wanted.model)
         for fault in (*profile.id_faults(wanted.id, ("model_id",)), *profile.faults(wanted, ())):
             param = str(fault.key[0])
             raise BadRequest(f"{param} {fault.reason}", param=param)
         self._ready.store.check_request_allowed(wanted, local_caller=_is_local(request))
-        return wanted
 
     async def _on_http(self, request: Request, error: Exception) -> Response:
         """Starlette's own refusals in our words."""

@@ -104,6 +104,11 @@ class Devices:
         """At once, from the last readings. Raises memory.DoesNotFit."""
         return self.ledger.reserve(owner, need_mb, {index: self._says_mb(index) for index in need_mb})
 
+    def reserve_beside(self, owner: str, host_mb: int) -> Claim:
+        """Memory of the host for what ends when a load begins; of nothing, where no device is the host's own memory."""
+        need_mb = {device.index: host_mb for device in self._usable() if device.kind == "cpu"}
+        return self.ledger.reserve(owner, need_mb, {index: self._says_mb(index) for index in need_mb}, yields=True)
+
     async def measure(self, claim: Claim, host: Host) -> None:
         """Note in the claim what its host holds now; what cannot be measured stays as it was estimated."""
         held: dict[int, int] = {}

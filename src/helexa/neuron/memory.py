@@ -3,7 +3,8 @@
 A claim counts as max(estimate, measured) from before its load begins until its process is gone. What is left of a
 device is the least of two views: its limit less all claims, and what the device itself says is free less those parts
 of the claims that it cannot see yet (a load that has only begun; weights that are mapped, which the kernel goes on
-calling available).
+calling available). A claim that yields (a host that only counts tokens) is nobody's obstacle: its host ends when a
+load begins, so what it holds is free to a load.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ class Claim:
     need_mb:      the estimate, by device
     measured_mb:  what its host was last seen to hold, mapped weights included
     taken_mb:     the part of it that the device's own "free" already misses
+    yields:       its host ends as soon as a load begins
     """
 
-    def __init__(self, ledger: Ledger, owner: str, need_mb: Mapping[int, int]) -> None:
+    def __init__(self, ledger: Ledger, owner: str, need_mb: Mapping[int, int], *, yields: bool = False) -> None:
         self._ledger = ledger
         self.owner = owner
+        self.yields = yields
         self.need_mb = dict(need_mb)
         self.measured_mb: dict[int, int] = {}
         self.taken_mb: dict[int, int] = {}
@@ -77,28 +80,36 @@ class Ledger:
 
     def used_mb(self, device: int) -> int:
         """Loaded models and reservations for loads that run."""
-        return sum(claim.held_mb(device) for claim in self.claims)
+        return sum(claim.held_mb(device) for claim in self.claims if not claim.yields)
 
     def free_mb(self, device: int, says_mb: int | None, *, without: Claim | None = None) -> int | None:
         """What a new load may take. says_mb: the device's own free memory. None: nothing is known of the device.
 
         without: a claim to leave out of account, as if its model were not there.
         """
-        claims = [claim for claim in self.claims if claim is not without]
+        out = [claim for claim in self.claims if claim is without or claim.yields]
+        claims = self.claims.difference(out)
         bounds = []
         if device in self.limits_mb:
             bounds.append(self.limits_mb[device] - sum(claim.held_mb(device) for claim in claims))
         if says_mb is not None:
-            if without is not None:
-                says_mb += without.taken_mb.get(device, 0)
+            says_mb += sum(claim.taken_mb.get(device, 0) for claim in out)
             bounds.append(says_mb - sum(claim.unseen_mb(device) for claim in claims))
         return max(0, min(bounds)) if bounds else None
 
-    def reserve(self, owner: str, need_mb: Mapping[int, int], says_mb: Mapping[int, int | None]) -> Claim:
-        """Take it now, before anything is awaited; to be entered with `with`. Raises DoesNotFit."""
+    def reserve(
+        self, owner: str, need_mb: Mapping[int, int], says_mb: Mapping[int, int | None], *, yields: bool = False
+    ) -> Claim:
+        """Take it now, before anything is awaited; to be entered with `with`. Raises DoesNotFit.
+
+        yields: the claim does, and takes nothing from others that do.
+        """
         free = {device: self.free_mb(device, says_mb.get(device)) for device in need_mb}
+        if yields:
+            others = [claim for claim in self.claims if claim.yields]
+            free = {i: mb and max(0, mb - sum(claim.held_mb(i) for claim in others)) for i, mb in free.items()}
         if any(left is None or need_mb[device] > left for device, left in free.items()):
             raise DoesNotFit(need_mb, {device: left or 0 for device, left in free.items()})
-        claim = Claim(self, owner, need_mb)
+        claim = Claim(self, owner, need_mb, yields=yields)
         self.claims.add(claim)
         return claim

@@ -10,6 +10,7 @@ import asyncio
 import os
 import platform
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +33,7 @@ from helexa.core.lifecycle import Estimate, LoadRequest, ModelInfo, ModelStatus,
 from helexa.core.relay.contract import Exchange
 from helexa.neuron import refusals
 from helexa.neuron.admission import Seat
+from helexa.neuron.counters import Counters
 from helexa.neuron.devices import Devices
 from helexa.neuron.discovery import Probe
 from helexa.neuron.harness import reference
@@ -90,12 +92,14 @@ class Models:
         )
         self._planner = Planner(harnesses, self._devices)
         self._kv_store = open_store(settings, os.environ)
+        self._counters = Counters(self._hosts, self._planner, self._devices)
         self._house = House(
             node=platform.node(),
             store=store,
             planner=self._planner,
             devices=self._devices,
             hosts=self._hosts,
+            counters=self._counters,
             counts=self.counts,
             changed=self._changed,
             kv_store=self._kv_store,
@@ -128,6 +132,7 @@ class Models:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(resident.stop(keep=keep) for resident in self._residents.values()))
+        await self._counters.close(refusals.shutting_down)
         await self._hosts.close()
 
     # listings, from memory
@@ -240,16 +245,32 @@ class Models:
             return resident.seats.enter(exchange)
         raise self._refusal(exchange.model)
 
-    async def count_tokens(self, model: str, body: bytes) -> int:
-        """Prompt tokens of a chat body. Takes no seat: the engine answers it beside its slots."""
+    async def count_tokens(self, model: str, body: bytes, profile: LoadRequest | None = None) -> int:
+        """Prompt tokens of a chat body. Takes no seat and loads nothing: 1. The engine that has the model answers it
+        beside its slots. 2. Else a host that has no more than its tokenizer and template (Counters).
+
+        profile: how the model would be loaded, where that is known; else as it was loaded last, or as it lies on disk.
+        """
         resident = self._residents.get(model)
-        if resident is None or resident.serving is None:
+        if resident is not None and resident.seats is not None and (serving := resident.serving) is not None:
+            with suppress(ConnectionError):  # unloaded meanwhile, or dead
+                return await self._counted(model, serving.seats.session.count_tokens(body, serving.upstream))
+        if self._shutdown:
+            raise refusals.shutting_down()
+        request = profile or (LoadRequest(model_id=model) if resident is None else resident.request)
+        files = await asyncio.to_thread(self._store.find_local, request)
+        if files is None:
             raise self._refusal(model)
-        serving = resident.serving
         try:
-            return await serving.seats.session.count_tokens(body, serving.upstream)
-        except (ConnectionError, TimeoutError) as err:
-            raise UpstreamError(f"The host of {model} did not count the tokens: {err}. Try again.") from err
+            return await self._counted(model, self._counters.count(request, files, body))
+        except ConnectionError as err:
+            raise UpstreamError(f"The host that counts the tokens of {model} died: {err}. Try again.") from err
+
+    async def _counted(self, model: str, work: Awaitable[int]) -> int:
+        try:
+            return await work
+        except TimeoutError as err:
+            raise UpstreamError(f"The tokens of {model} were not counted in time. Try again.") from err
 
     def _refusal(self, model: str) -> HelexaError:
         if self._shutdown:
@@ -326,6 +347,7 @@ class Models:
             if resident.serving is not None:
                 resident.serving.host.look()
                 resident.save_ahead()
+        self._counters.look()
         if looks % REFRESH_LOOKS == 0:
             await self._devices.refresh()
             for resident in residents:

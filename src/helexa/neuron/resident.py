@@ -26,6 +26,7 @@ from helexa.core.lifecycle import (
 from helexa.core.relay.upstream import Upstream
 from helexa.neuron import refusals
 from helexa.neuron.admission import Seats
+from helexa.neuron.counters import Counters
 from helexa.neuron.devices import Devices
 from helexa.neuron.harness import reference
 from helexa.neuron.harness.base import ModelFiles
@@ -41,7 +42,6 @@ _log = logs.get("neuron.models")
 
 GIVE_UP: Final = 5  # deaths, or loads that failed, in a row
 STABLE_S: Final = 60.0  # a host that lived so long starts a new row
-CLOSING_TURNS: Final = 100  # of the loop; an aborted connection needs one or two
 WORTH_TELLING: Final = 0.02  # of a model's memory
 PREFLIGHT_S: Final = 2.0  # what the Hub gets to refuse before a download counts as begun
 OUT_OF_MEMORY: Final = "out_of_memory"  # why a load failed, where more memory may mend it
@@ -74,6 +74,7 @@ class House:
     planner: Planner
     devices: Devices
     hosts: Hosts
+    counters: Counters
     counts: Counts
     changed: Callable[[Resident], None]
     kv_store: KvStore | None = None  # None: prompt caches are not kept
@@ -285,6 +286,7 @@ class Resident:
         if files is None:
             files = await self._download(request, begun)
         started = time.monotonic()
+        await house.counters.make_way()
         placed = await house.planner.place(request, files)
         with placed.claim:
             self.placed = placed
@@ -451,13 +453,9 @@ class Resident:
         self.serving = None
         if serving.keeper is not None:
             serving.keeper.close()
-        serving.upstream.abort()
         # An engine in this process waits, with the interpreter in its hands, for its server's threads, and those for
         # their clients: a connection of ours that this loop had still to close would never be closed.
-        for _ in range(CLOSING_TURNS):
-            if not serving.upstream.open_connections:
-                break
-            await asyncio.sleep(0)
+        await serving.upstream.cut_off()
         placed = self.placed
         assert placed is not None
         before = self._house.devices.says_mb()

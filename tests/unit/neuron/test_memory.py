@@ -82,6 +82,17 @@ def test_a_model_can_be_left_out_of_account() -> None:
     assert ledger.free_mb(0, 300, without=claim) == 900
 
 
+def test_a_claim_that_yields_is_free_to_a_load_and_not_to_another_that_yields() -> None:
+    ledger = Ledger({0: 1000})
+    claim = ledger.reserve("counts", {0: 300}, {0: 500}, yields=True)
+    claim.measure({0: 300}, {0: 300})
+    assert (ledger.used_mb(0), ledger.free_mb(0, 200)) == (0, 500)
+    with pytest.raises(DoesNotFit):
+        ledger.reserve("counts too", {0: 201}, {0: 200}, yields=True)
+    ledger.reserve("counts too", {0: 200}, {0: 200}, yields=True)
+    ledger.reserve("model", {0: 500}, {0: 200})
+
+
 @given(st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2000), st.integers(0, 2000))
 def test_free_is_never_negative_nor_more_than_either_view(limit: int, says: int, need: int, measured: int) -> None:
     ledger = Ledger({0: limit})

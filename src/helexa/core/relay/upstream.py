@@ -19,6 +19,7 @@ from helexa.core.relay.connection import Connection, UpstreamClosed
 from helexa.core.relay.wire import answer_head
 
 LOOKUP_S = 5.0
+_CLOSING_TURNS = 100  # of the loop; an aborted connection needs one or two
 _HIGH_WATER = 256 << 10  # decoded bytes a reader of `stream` may leave unread before its connection is paused
 
 
@@ -174,10 +175,13 @@ class Upstream:
         for connection in list(self._open):
             connection.transport.abort()
 
-    @property
-    def open_connections(self) -> int:
-        """Connections whose descriptor is not closed yet."""
-        return len(self._open)
+    async def cut_off(self) -> None:
+        """`abort`, and return when the descriptors are closed."""
+        self.abort()
+        for _ in range(_CLOSING_TURNS):
+            if not self._open:
+                return
+            await asyncio.sleep(0)
 
     # the control plane
 

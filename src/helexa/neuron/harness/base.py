@@ -97,8 +97,11 @@ class Session(Protocol):
     def refusal(self, exchange: Exchange, status: int, body: bytes) -> HelexaError | None:
         """The engine's own error in our taxonomy; None forwards it."""
 
+    def check_chats(self) -> None:
+        """Raises WrongTask where this model answers no chat, so that there is no prompt to count."""
+
     async def count_tokens(self, body: bytes, engine: Upstream) -> int:
-        """Prompt tokens of a chat body, rendered as the request itself would be."""
+        """Prompt tokens of a chat body, rendered as the request itself would be. engine: a host of either spec."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,12 @@ class Harness(Protocol):
 
     def host_spec(self, plan: Plan, socket: Path, api_key: str, states: Path | None = None) -> dict[str, Any]:
         """JSON-able orders for `serve`, which runs in another process. states: the folder for saved prompt caches."""
+
+    def counting_spec(self, plan: Plan, socket: Path, api_key: str) -> dict[str, Any]:
+        """The same for a host that only counts tokens: tokenizer and template of the plan's model, no weights."""
+
+    def counting_mb(self, plan: Plan) -> int:
+        """The host's memory that such a host takes."""
 
     def serve(self, spec: dict[str, Any], progress: Callable[[float], None]) -> Any:
         """In the host process: load the model and answer HTTP on the socket. Blocks while loading; the returned

@@ -55,7 +55,19 @@ class LlamaHarness:
             "api_key": api_key,
             "states": str(states) if states else None,
             "options": plan.extra,
+            "counts": False,
         }
+
+    def counting_spec(self, plan: Plan, socket: Path, api_key: str) -> dict[str, Any]:
+        from helexa.neuron.harness.llama.vocabulary import OPTIONS
+
+        spec = self.host_spec(plan, socket, api_key)
+        return {**spec, "projector": None, "draft": None, "lora": [], "options": plan.extra | OPTIONS, "counts": True}
+
+    def counting_mb(self, plan: Plan) -> int:
+        from helexa.neuron.harness.llama.vocabulary import host_mb
+
+        return host_mb(plan.facts.extra["geometry"])
 
     def warm(self) -> None:
         from helexa.neuron.harness.llama.engine import warm

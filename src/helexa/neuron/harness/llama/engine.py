@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import IO, Any, Final
 
 from helexa.neuron.harness.llama.profile import usable_cores
+from helexa.neuron.harness.llama.vocabulary import write_vocabulary
 
 READ_BYTES: Final = 8 << 20
 # How ggml says on its back ends that there is no more: it has no error codes.
@@ -83,7 +84,12 @@ def serve(spec: dict[str, Any], progress: Callable[[float], None]) -> Engine:
     socket = Path(spec["socket"])
     _check(spec, socket)
     progress(0.0)
-    _read_ahead([Path(p) for p in spec["files"]], lambda fraction: progress(fraction * READ_SHARE))
+    vocabulary = socket.with_suffix(".gguf") if spec["counts"] else None
+    if vocabulary is not None:
+        write_vocabulary(Path(spec["files"][0]), vocabulary)
+        spec = {**spec, "files": [str(vocabulary)]}
+    else:
+        _read_ahead([Path(p) for p in spec["files"]], lambda fraction: progress(fraction * READ_SHARE))
     params = build_params(spec)
     socket.unlink(missing_ok=True)
     with _one_load, _LogTail() as log:
@@ -94,6 +100,9 @@ def serve(spec: dict[str, Any], progress: Callable[[float], None]) -> Engine:
             socket.unlink(missing_ok=True)
             kind = MemoryError if any(words in reason.lower() for words in NO_MEMORY) else RuntimeError
             raise kind(f"llama.cpp could not load {spec['model_id']}: {reason}") from err
+        finally:
+            if vocabulary is not None:
+                vocabulary.unlink()  # it has been read, not mapped
     progress(1.0)
     return Engine(server, socket)
 

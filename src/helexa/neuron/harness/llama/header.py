@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
 
 MAGIC: Final = b"GGUF"
 DEFAULT_ALIGNMENT: Final = 32
@@ -216,6 +219,15 @@ def read_header(path: Path) -> Header:
 
     Raises BadFile, and OSError where the file cannot be opened.
     """
+    return _reading(path, _read)
+
+
+def raw_metadata(path: Path) -> dict[str, bytes]:
+    """Each key with its value as they stand in the file (name, type, value), to be copied. Raises as read_header."""
+    return _reading(path, _read_raw)
+
+
+def _reading(path: Path, read: Callable[[_Cursor], T]) -> T:
     with path.open("rb") as file:
         size = file.seek(0, 2)
         if size == 0:
@@ -225,7 +237,7 @@ def read_header(path: Path) -> Header:
             data = file.read(min(size, limit))
             _check_magic(path, data[:64])
             try:
-                return _read(path, data, size)
+                return read(_Cursor(path, data, size))
             except _ReadMore:
                 continue
     raise BadFile(f"{path}: the file shrank while it was read")
@@ -247,8 +259,8 @@ def _check_magic(path: Path, start: bytes) -> None:
     raise BadFile(f"{path}: not a GGUF file: {found}")
 
 
-def _read(path: Path, data: bytes, size: int) -> Header:
-    cursor = _Cursor(path, data, size)
+def _counts(cursor: _Cursor) -> tuple[int, int, int]:
+    """Version, tensors and keys."""
     cursor.skip(4)
     version = cursor.scalar(_U32)
     if version & 0xFFFF == 0:
@@ -259,29 +271,52 @@ def _read(path: Path, data: bytes, size: int) -> Header:
         raise cursor.bad(f"GGUF version {version} is not known (2 and 3 are): a newer helexa may read it")
     tensor_count = cursor.scalar(_U64)
     key_count = cursor.scalar(_U64)
+    size = cursor.size
     if tensor_count > min(MAX_TENSORS, size // 24) or key_count > min(MAX_KEYS, size // 13):
         raise cursor.bad(
             f"the header claims {tensor_count} tensors and {key_count} keys, more than a file of {size} bytes could "
             "hold: it is damaged, download it again"
         )
+    return version, tensor_count, key_count
 
+
+def _value(cursor: _Cursor, key: str) -> tuple[Any, int | None]:
+    """(value, None), or (elements, or None where there are too many to keep; their number)."""
+    kind = cursor.scalar(_U32)
+    if kind == _STRING:
+        return cursor.text(MAX_STRING_BYTES, key), None
+    if kind == _ARRAY:
+        count, kept = cursor.array(key)
+        return kept, count
+    if kind in _SCALARS:
+        return cursor.scalar(_SCALARS[kind]), None
+    raise cursor.bad(f"{key} has an unknown type ({kind}): the header is damaged, or newer than we are")
+
+
+def _read_raw(cursor: _Cursor) -> dict[str, bytes]:
+    _, _, key_count = _counts(cursor)
+    raw = {}
+    for _ in range(key_count):
+        start = cursor.at
+        key = cursor.text(MAX_KEY_BYTES, "a key")
+        _value(cursor, key)
+        raw[key] = cursor.data[start : cursor.at]
+    return raw
+
+
+def _read(cursor: _Cursor) -> Header:
+    version, tensor_count, key_count = _counts(cursor)
     metadata: dict[str, Any] = {}
     lengths: dict[str, int] = {}
     for _ in range(key_count):
         key = cursor.text(MAX_KEY_BYTES, "a key")
         if key in metadata or key in lengths:
             raise cursor.bad(f"the key {key} stands there twice: the header is damaged")
-        kind = cursor.scalar(_U32)
-        if kind == _STRING:
-            metadata[key] = cursor.text(MAX_STRING_BYTES, key)
-        elif kind == _ARRAY:
-            lengths[key], kept = cursor.array(key)
-            if kept is not None:
-                metadata[key] = kept
-        elif kind in _SCALARS:
-            metadata[key] = cursor.scalar(_SCALARS[kind])
-        else:
-            raise cursor.bad(f"{key} has an unknown type ({kind}): the header is damaged, or newer than we are")
+        value, length = _value(cursor, key)
+        if length is not None:
+            lengths[key] = length
+        if length is None or value is not None:
+            metadata[key] = value
 
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1) or alignment > 1 << 20:
@@ -289,7 +324,7 @@ def _read(path: Path, data: bytes, size: int) -> Header:
     raw = [_read_tensor(cursor) for _ in range(tensor_count)]
     data_offset = _padded(cursor.at, alignment)
     tensors = _place(cursor, raw, data_offset, alignment)
-    return Header(path, version, metadata, lengths, tensors, data_offset, size)
+    return Header(cursor.path, version, metadata, lengths, tensors, data_offset, cursor.size)
 
 
 def _read_tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:

@@ -118,11 +118,14 @@ class LlamaSession:
         """The engine's own error in our taxonomy."""
         return refusals.translate(self._model, exchange.endpoint.upstream_path, status, body)
 
+    def check_chats(self) -> None:
+        if self._task not in _TASKS[CHAT]:
+            raise self._wrong_task(CHAT)
+
     async def count_tokens(self, body: bytes, engine: Upstream) -> int:
         """Prompt tokens of a chat body as its own request would have them: the same rewriting, the engine's own
         template and tokenizer. Raises what the request itself would."""
-        if self._task not in _TASKS[CHAT]:
-            raise self._wrong_task(CHAT)
+        self.check_chats()
         asked = self._read_chat(body)
         if kinds := fields.part_kinds(asked.messages or ()):
             where = next(iter(kinds.values()))
