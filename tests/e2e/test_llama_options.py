@@ -104,6 +104,30 @@ def params(files: ModelFiles | Path, devices: list[FreeDevice], /, **profile: An
     return build_params(HARNESS.host_spec(planned(files, devices, **profile), Path("/tmp/x.sock"), KEY))
 
 
+_DROPS = """
+import faulthandler, sys
+from pathlib import Path
+from helexa.core.lifecycle import LoadRequest
+from helexa.neuron.harness.base import FreeDevice, ModelFiles
+from helexa.neuron.harness.llama import LlamaHarness
+faulthandler.dump_traceback_later(50, exit=True)  # a hang holds the interpreter: nothing else could end it
+harness, files, request = LlamaHarness(), ModelFiles("tiny", (Path(sys.argv[1]),)), LoadRequest(
+    model_id="tiny", context=256, slots=1, threads=1, batch=32)
+plan = harness.plan(request, files, harness.inspect(files, request), [FreeDevice(0, "cpu", "cpu", 8000, 8000)])
+for n in range(50):
+    spec = (harness.counting_spec if n % 2 else harness.host_spec)(plan, Path(sys.argv[2]), "key")
+    harness.serve(spec, lambda fraction: None).close()
+"""
+
+
+def test_an_engine_can_be_dropped_right_after_its_load(tmp_path: Path) -> None:
+    """As where a load is cancelled: one drop in ten used to hang, with the interpreter in its hands."""
+    model = tiny_gguf.chat_model(tmp_path / "tiny.gguf")
+    command = [sys.executable, "-c", _DROPS, str(model), str(tmp_path / "s.sock")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=55, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_the_engine_answers_on_its_socket_with_the_key_only_and_under_the_models_id(load: Load, chat: Path) -> None:
     with load(chat) as engine:
         assert engine.ask("/v1/models", key="other")[0] == 401

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import socket as unix
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ READ_SHARE: Final = 0.8  # of a load's progress: the file's bytes; the rest is t
 LOG_WAIT_S: Final = 1.0
 LOG_BYTES: Final = 1 << 20
 LAST_WORDS: Final = "exiting due to"
+LOOP_S: Final = 10.0
 HTTP_THREADS_SPARE: Final = 8  # health checks, cancels, connections that are being closed
 
 
@@ -103,8 +105,25 @@ def serve(spec: dict[str, Any], progress: Callable[[float], None]) -> Engine:
         finally:
             if vocabulary is not None:
                 vocabulary.unlink()  # it has been read, not mapped
+    _await_loop(socket, spec["api_key"])
     progress(1.0)
     return Engine(server, socket)
+
+
+def _await_loop(socket: Path, api_key: str) -> None:
+    """Returns when the server's loop takes up work, some milliseconds after its constructor did.
+
+    The destructor tells the loop to end and waits for it, with the interpreter in its hands; a loop that begins only
+    then has missed the word, and both wait for ever (one drop in ten, right after the constructor). The slots are told
+    by the loop itself. A server that does not answer is left to whoever asks it next.
+    """
+    ask = f"GET /slots HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {api_key}\r\nConnection: close\r\n\r\n"
+    with suppress(OSError), unix.socket(unix.AF_UNIX) as connection:
+        connection.settimeout(LOOP_S)
+        connection.connect(str(socket))
+        connection.sendall(ask.encode())
+        while connection.recv(4096):
+            pass
 
 
 def _check(spec: dict[str, Any], socket: Path) -> None:
