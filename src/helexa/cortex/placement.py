@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from math import ceil, inf
-from typing import Final
+from typing import Final, TypeAlias
 
 from helexa.cortex import eviction
 from helexa.cortex.eviction import FREE, Kept, Policy, Price, Resident
@@ -50,19 +50,20 @@ def plan(
             if (best is None or order < best.order) and _bar(node, wanted) is None:
                 best = _plan(node, wanted, seat, [], order)
     bounds: list[tuple[bool, bool, Price, int]] = []
+    scored: dict[int, list[_Scored]] = {}
     for at, node in enumerate(full):
         last = _lasts(node, wanted)
         if best is None or (*last, FREE) < best.order[:3]:
-            cheapest = _cheapest(node, wanted, policy, now, drain=drain)
+            scores: list[_Scored] = []
+            cheapest = _cheapest(node, wanted, policy, now, scores, drain=drain)
             if cheapest is not None:
                 bounds.append((*last, cheapest, at))
+                scored[at] = scores
     heapify(bounds)
-    tight: set[int] = set()
     while bounds and (best is None or bounds[0][:3] <= best.order[:3]):
         suspect, fetches, cheapest, at = heappop(bounds)
-        if at not in tight:
-            tight.add(at)
-            bound = _bound(full[at], wanted, policy, now, cheapest, drain=drain)
+        if at in scored:
+            bound = _bound(full[at], wanted, cheapest, scored.pop(at))
             if bound is not None:
                 heappush(bounds, (suspect, fetches, bound, at))
             continue
@@ -75,8 +76,14 @@ def plan(
     return replace(best, weighed=weighed)
 
 
-def _cheapest(node: NodeView, wanted: Wanted, policy: Policy, now: float, *, drain: bool) -> Price | None:
-    """What the cheapest victim of a full node costs; None: nothing may go, or the node is barred."""
+_Scored: TypeAlias = tuple[float, Resident]
+
+
+def _cheapest(
+    node: NodeView, wanted: Wanted, policy: Policy, now: float, scores: list[_Scored], *, drain: bool
+) -> Price | None:
+    """What the cheapest victim of a full node costs; None: nothing may go, or the node is barred. scores: gets all that
+    may go."""
     # HOT, once per resident of the fleet: the first test is why_kept's usual answer, without the call.
     need = _need(node, wanted)
     if need is None or node.name in wanted.avoid:
@@ -94,7 +101,8 @@ def _cheapest(node: NodeView, wanted: Wanted, policy: Policy, now: float, *, dra
         if r.in_use and not drain:
             continue
         if eviction.why_kept(r, policy, priority, now, drain=drain) is None:
-            score = 0.0 if r.copies > 1 else score_of(r, now)
+            score = 0.0 if r.copies > 1 else score_of(r, now)  # as Policy.price has it
+            scores.append((score, r))
             if score < least_score:
                 least_score = score
             if by_class:
@@ -104,7 +112,7 @@ def _cheapest(node: NodeView, wanted: Wanted, policy: Policy, now: float, *, dra
     return least_rank if by_class else 0, least_score
 
 
-def _bound(node: NodeView, wanted: Wanted, policy: Policy, now: float, cheapest: Price, *, drain: bool) -> Price | None:
+def _bound(node: NodeView, wanted: Wanted, cheapest: Price, scores: Iterable[_Scored]) -> Price | None:
     """HOT. A price that no plan for this full node is below: the missing memory at the rate of the victim that gives
     most for its score, where that is more than the cheapest victim. None: not even all of them make room."""
     need = _need(node, wanted)
@@ -113,14 +121,11 @@ def _bound(node: NodeView, wanted: Wanted, policy: Policy, now: float, cheapest:
     missing, held, rate = need.total_mb, 0, inf
     for d in node.devices:
         missing -= d.room_mb
-    score_of, priority = policy.score, wanted.priority
-    for r in node.residents:
-        if not (r.in_use and not drain) and eviction.why_kept(r, policy, priority, now, drain=drain) is None:
-            mb = sum(r.memory_mb.values())
-            held += mb
-            score = 0.0 if r.copies > 1 else score_of(r, now)  # as Policy.price has it
-            if score < rate * mb:
-                rate = score / mb
+    for score, r in scores:
+        mb = sum(r.memory_mb.values())
+        held += mb
+        if score < rate * mb:
+            rate = score / mb
     if held < missing:
         return None
     # rounded down a little: a sum of floats may come out below what is at least its value
