@@ -125,7 +125,19 @@ def show(runs: Sequence[Results]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)  # a pipe gets whole lines
     table = Table(box=None, header_style="bold")
     for at, head in enumerate(
-        ("fleet", "cold starts", "waited for one", "wait mean", "p50", "p99", "evictions", "load s", "refused", "tok/s")
+        (
+            "fleet",
+            "cold starts",
+            "waited for one",
+            "wait mean",
+            "p50",
+            "p99",
+            "evictions",
+            "load s",
+            "refused",
+            "cached",
+            "tok/s",
+        )
     ):
         table.add_column(head, justify="right" if at else "left", no_wrap=at > 0)
     for r in runs:
@@ -139,6 +151,7 @@ def show(runs: Sequence[Results]) -> None:
             f"{r.evictions:,}",
             f"{r.load_seconds:,.0f}",
             f"{r.refused:,}",
+            f"{r.cached:.0%}",
             f"{r.tokens_per_second:.1f}",
         )
     console.print(table)
@@ -197,6 +210,7 @@ def as_dict(found: Results) -> dict[str, Any]:
         "load_seconds": found.load_seconds,
         "refused": found.refused,
         "wait_s": {"mean": found.mean_wait_s, "p50": found.wait_s(0.5), "p99": found.wait_s(0.99)},
+        "prompts_cached": round(found.cached, 4),
         "tokens_per_second": found.tokens_per_second,
         "nodes": [
             {"name": n.name, "total_mb": n.total_mb, "mean_mb": round(n.mean_mb), "peak_mb": n.peak_mb}

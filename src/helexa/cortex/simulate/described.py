@@ -24,6 +24,7 @@ from helexa.cortex.simulate.world import SLOTS, Model, NodeSpec
 
 LOAD_GB_S: Final = 2.0  # of a node of which nothing is known: an NVMe disk's
 _ANSWER_S: Final = 5.0
+_CONTEXT: Final = 8192  # of a slot, where the profile does not say; as much again is kept beside the slots
 _OF_FILE: Final = 1.2  # a loaded model, by its file's size: weights, KV cache, buffers
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GB|MB|G|M)?", re.IGNORECASE)
 
@@ -100,6 +101,7 @@ def _models(catalogue: Catalogue, answers: Sequence[Asked]) -> list[Model]:
                 tensor_parallel=profile.tensor_parallel or 1,
                 priority=profile.residency_priority,
                 max_replicas=profile.max_replicas,
+                cache_tokens=2 * (profile.slots or SLOTS) * (profile.context or _CONTEXT),
             )
         )
     if unknown:

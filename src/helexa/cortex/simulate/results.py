@@ -20,7 +20,7 @@ class NodeUse:
 class Results:
     """cold_starts: loads that a request waited for; copies: second ones, which none did. cold_requests: those that
     found their model nowhere. load_seconds: of all loads. waits: until a slot was theirs, seconds, sorted; of those
-    that were not refused."""
+    that were not refused. computed_tokens: of prompts, those that no cache had."""
 
     name: str
     requests: int
@@ -34,6 +34,8 @@ class Results:
     load_seconds: float
     waits: Sequence[float]
     nodes: Sequence[NodeUse]
+    prompt_tokens: int
+    computed_tokens: int
     output_tokens: int
 
     @property
@@ -43,6 +45,11 @@ class Results:
     def wait_s(self, share: float) -> float:
         """The wait that this share of the requests stays within."""
         return self.waits[min(len(self.waits) - 1, int(share * len(self.waits)))] if self.waits else 0.0
+
+    @property
+    def cached(self) -> float:
+        """The share of prompts that the caches had."""
+        return 1 - self.computed_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     @property
     def tokens_per_second(self) -> float:

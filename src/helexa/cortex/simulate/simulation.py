@@ -19,9 +19,11 @@ from helexa.core.lifecycle import ModelStatus
 from helexa.cortex import placement, router, swapper
 from helexa.cortex.eviction import POLICIES, Policy
 from helexa.cortex.plans import NodeView, NoPlan, Plan, Wanted
+from helexa.cortex.prefixes import Prompt
 from helexa.cortex.simulate.results import NodeUse, Results
 from helexa.cortex.simulate.trace import Request
 from helexa.cortex.simulate.world import Model, NodeSpec, SimModel, SimNode, SimReplica
+from helexa.cortex.work import Ticket
 
 if TYPE_CHECKING:
     from helexa.cortex.fleet import Replica
@@ -49,6 +51,14 @@ class Rules:
     displace_at_queue: float = DISPLACE_AT_QUEUE
 
 
+@dataclass(slots=True)
+class _Asked:
+    """What the router sees of a request, and what it took."""
+
+    t_first_token: float = 0.0
+    computed: int = 0
+
+
 class Simulation:
     def __init__(
         self,
@@ -72,6 +82,8 @@ class Simulation:
         self._tick_at = inf
         self._now = 0.0
         self._waits = array("d", bytes(8 * len(requests)))
+        self._routed: dict[int, tuple[_Asked, Ticket]] = {}  # by request
+        self._computed = 0  # tokens of prompts
         self._loads = self._copies = self._evictions = self._drains = self._cold = 0
         self._load_s = 0.0
         self._refused: list[int] = []
@@ -103,7 +115,7 @@ class Simulation:
         """Sends it where the router says; False where nothing can be asked."""
         if not model.live:
             return False
-        replica = cast("SimReplica", router.choose(cast("list[Replica]", model.live), (), self._rng))
+        replica = self._choose(number, model)
         replica.inflight += 1
         replica.last_used = self._now
         replica.node.view = None
@@ -115,14 +127,48 @@ class Simulation:
                 self._copy(model, may_displace=len(replica.waiting) >= self._rules.displace_at_queue)
         return True
 
-    def _start(self, number: int, replica: SimReplica) -> None:
+    def _choose(self, number: int, model: SimModel) -> SimReplica:
+        """As the gateway does: a prompt is looked at where there is a choice, and a cache."""
+        live = cast("list[Replica]", model.live)
         request = self._requests[number]
+        if len(live) < 2 or not request.prefix or not model.spec.cache_tokens:
+            return cast("SimReplica", router.choose(live, (), self._rng))
+        ends = [end * router.WEIGHT_OF_TOKEN for end in request.marks]
+        prompt = Prompt(request.prefix, ends, request.prompt_tokens * router.WEIGHT_OF_TOKEN)
+        choice = model.router.choose(live, (), prompt, self._now, self._rng)
+        assert choice is not None
+        asked = _Asked()
+        self._routed[number] = asked, model.router.sent(choice, asked, self._now, is_told=True)
+        return cast("SimReplica", choice.replica)
+
+    def _start(self, number: int, replica: SimReplica) -> None:
+        request, spec = self._requests[number], replica.model.spec
         self._waits[number] = self._now - request.t
         replica.running += 1
-        seconds = replica.model.spec.seconds(request.prompt_tokens, request.output_tokens)
-        self._at(self._now + seconds, self._finished, replica)
+        computed = request.prompt_tokens
+        if replica.cache is not None and request.prefix:
+            marks = request.marks
+            computed -= replica.cache.held(request.prefix, marks)
+            replica.cache.keep(request.prefix, marks)
+        self._computed += computed
+        if number in self._routed:
+            self._at(self._now + spec.prefill_s(computed), self._first_token, (number, replica, computed))
+        self._at(self._now + spec.seconds(computed, request.output_tokens), self._finished, (number, replica))
 
-    def _finished(self, replica: SimReplica) -> None:
+    def _first_token(self, what: tuple[int, SimReplica, int]) -> None:
+        number, replica, computed = what
+        asked, _ = self._routed[number]
+        asked.t_first_token = self._now
+        replica.work.timed({"prompt_n": computed, "prompt_ms": 1000 * replica.model.spec.prefill_s(computed)})
+        asked.computed = computed
+
+    def _finished(self, what: tuple[int, SimReplica]) -> None:
+        number, replica = what
+        if number in self._routed:
+            asked, ticket = self._routed.pop(number)
+            tokens = self._requests[number].prompt_tokens
+            model = replica.model
+            model.router.ended(ticket, self._now, prompt_tokens=tokens, cached_tokens=tokens - asked.computed)
         replica.running -= 1
         replica.inflight -= 1
         replica.last_used = self._now
@@ -265,6 +311,7 @@ class Simulation:
         """No new request goes there."""
         replica.status = ModelStatus.UNLOADING
         replica.model.live.remove(replica)
+        replica.model.router.keep_only(cast("list[Replica]", replica.model.live))
         self._stale(replica.model)
         replica.node.view = None
 
@@ -303,5 +350,7 @@ class Simulation:
                 NodeUse(n.name, n.total_mb, n.mb_seconds / max(self._now, 1e-9), n.peak_mb)
                 for n in self._nodes.values()
             ],
+            prompt_tokens=sum(r.prompt_tokens for i, r in enumerate(self._requests) if i not in refused),
+            computed_tokens=self._computed,
             output_tokens=sum(r.output_tokens for i, r in enumerate(self._requests) if i not in refused),
         )

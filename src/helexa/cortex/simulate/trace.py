@@ -1,6 +1,6 @@
 """A trace: which model was asked for when, one JSON object a line. Never a word of a prompt.
 
-{"t": 12.5, "model": "qwen", "prompt_tokens": 812, "output_tokens": 140, "prefix": [91, 17]}
+{"t": 12.5, "model": "qwen", "prompt_tokens": 812, "output_tokens": 140, "prefix": [91, 17], "ends": [300, 790]}
 """
 
 from __future__ import annotations
@@ -13,14 +13,23 @@ import msgspec
 
 
 class Request(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """t: seconds since the trace began, or since 1970. prefix: ids of the prompt's prefixes, the shortest first,
-    where recorded."""
+    """t: seconds since the trace began, or since 1970. prefix: ids of the prompt's prefixes, the shortest first, where
+    recorded; ends: the tokens up to the end of each, evenly spread where they are not."""
 
     t: float
     model: str
     prompt_tokens: int = 0
     output_tokens: int = 0
     prefix: Sequence[int] = ()
+    ends: Sequence[int] = ()
+
+    @property
+    def marks(self) -> Sequence[int]:
+        """`ends`, whether recorded or not."""
+        count = len(self.prefix)
+        if len(self.ends) == count:
+            return self.ends
+        return [self.prompt_tokens * (at + 1) // count for at in range(count)]
 
 
 class BadTrace(Exception):
@@ -52,7 +61,7 @@ def read(path: Path) -> list[Request]:
 
 
 def write(path: Path, requests: Iterable[Request]) -> None:
-    encoder = msgspec.json.Encoder()
+    encoder = msgspec.json.Encoder(enc_hook=list)  # a generated prefix is a range
     with path.open("wb") as out:
         for request in requests:
             out.write(encoder.encode(request) + b"\n")

@@ -22,7 +22,7 @@ from heapq import heappop, heappush
 from itertools import accumulate
 from math import exp, pi, sin
 from random import Random
-from typing import Final
+from typing import Final, TypeAlias
 
 from helexa.cortex.simulate.trace import Request
 from helexa.cortex.simulate.world import Model, NodeSpec
@@ -30,9 +30,14 @@ from helexa.cortex.simulate.world import Model, NodeSpec
 GB: Final = 1024
 DAY_S: Final = 86_400.0
 _TURNS: Final = 12
+_MOST_TURNS: Final = 1_000_000  # of a conversation: its prefixes' ids begin there
 _PAUSE_S: Final = 20.0
 _DEVICES_GB: Final = (12, 16, 24, 32, 48, 64)
 _NODE_GB: Final = 40  # on average, within a twentieth: 2 TB on fifty nodes
+
+
+# The next turn of a conversation: when, which one, its model, its prompt, and which turn it is.
+_Next: TypeAlias = tuple[float, int, str, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +112,7 @@ def _poisson(models: Sequence[str], arrivals: Arrivals, rng: Random) -> list[Req
 def _conversations(models: Sequence[str], arrivals: Arrivals, rng: Random) -> list[Request]:
     weights = _zipf(len(models), arrivals.zipf)
     ranking = list(models)
-    pending: list[tuple[float, int, str, int]] = []  # next turn: when, which conversation, its model, its prompt
+    pending: list[_Next] = []
     requests: list[Request] = []
     start, talks, next_drift = 0.0, 0, 3600.0
     most = 1.7 * arrivals.rate / _TURNS
@@ -121,16 +126,16 @@ def _conversations(models: Sequence[str], arrivals: Arrivals, rng: Random) -> li
             next_drift += 3600.0
         if rng.random() * 1.7 < 1 + 0.7 * sin(2 * pi * start / DAY_S):
             talks += 1
-            heappush(pending, (start, talks, ranking[_draw(weights, rng)], _prompt(rng)))
+            heappush(pending, (start, talks, ranking[_draw(weights, rng)], _prompt(rng), 1))
     return requests
 
 
-def _take_turn(pending: list[tuple[float, int, str, int]], requests: list[Request], rng: Random) -> None:
-    t, talk, model, prompt = heappop(pending)
+def _take_turn(pending: list[_Next], requests: list[Request], rng: Random) -> None:
+    t, talk, model, prompt, turn = heappop(pending)
     output = _output(rng)
-    requests.append(Request(t, model, prompt, output, (talk,)))
+    requests.append(Request(t, model, prompt, output, range(talk * _MOST_TURNS, talk * _MOST_TURNS + turn)))
     if rng.random() >= 1 / _TURNS:
-        heappush(pending, (t + rng.expovariate(1 / _PAUSE_S), talk, model, prompt + output + 60))
+        heappush(pending, (t + rng.expovariate(1 / _PAUSE_S), talk, model, prompt + output + 60, turn + 1))
 
 
 def _drift(ranking: list[str], rng: Random) -> None:

@@ -14,6 +14,9 @@ from typing import Final
 from helexa.core.lifecycle import ModelStatus
 from helexa.cortex.eviction import Resident, Usage, min_residency_s
 from helexa.cortex.plans import DeviceView, Need, NodeView, Wanted
+from helexa.cortex.router import ModelRouter
+from helexa.cortex.simulate.caches import Pool
+from helexa.cortex.work import Work
 
 LOAD_S: Final = 2.0
 SLOTS: Final = 8
@@ -33,7 +36,7 @@ class NodeSpec:
 @dataclass(frozen=True, slots=True)
 class Model:
     """mb: what it takes in all, on however many devices. service_s: of every request, whatever its tokens; None: by
-    its tokens and size."""
+    its tokens and size. cache_tokens: of prompts, what a replica keeps; 0: every prompt is computed whole."""
 
     id: str
     mb: int
@@ -46,12 +49,16 @@ class Model:
     ttl_s: float | None = None
     max_replicas: int | None = None
     service_s: float | None = None
+    cache_tokens: int = 0
 
     def seconds(self, prompt_tokens: int, output_tokens: int) -> float:
         if self.service_s is not None:
             return self.service_s
         gb = self.mb / 1024
         return (prompt_tokens / PREFILL + output_tokens / DECODE) * gb
+
+    def prefill_s(self, tokens: int) -> float:
+        return tokens / PREFILL * self.mb / 1024
 
     def wanted(self) -> Wanted:
         return Wanted(
@@ -139,13 +146,15 @@ class SimModel:
     live: list[SimReplica] = field(default_factory=list)
     loading: int = 0
     usage: Usage = field(default_factory=Usage)
+    router: ModelRouter = field(default_factory=ModelRouter)
 
 
 class SimReplica:
     """One model on one node, from the order to load it until its memory is free again. running, inflight: as counts;
-    waiting: requests that the node queues, by number."""
+    waiting: requests that the node queues, by number. node, inflight, others and work are what the router looks at."""
 
     __slots__ = (
+        "cache",
         "inflight",
         "last_used",
         "load_s",
@@ -154,9 +163,11 @@ class SimReplica:
         "model",
         "node",
         "on_idle",
+        "others",
         "running",
         "status",
         "waiting",
+        "work",
     )
 
     def __init__(self, model: SimModel, node: SimNode, memory_mb: dict[int, int]) -> None:
@@ -168,6 +179,10 @@ class SimReplica:
         self.running = 0
         self.waiting: deque[int] = deque()
         self.load_s = self.loaded_at = self.last_used = 0.0
+        self.others = 0
+        self.work = Work()
+        self.work.slots = model.spec.slots
+        self.cache = Pool(model.spec.cache_tokens) if model.spec.cache_tokens else None
         self.on_idle: str | None = None  # the model that waits for this one to finish and go
 
     def as_seen(self) -> Resident:

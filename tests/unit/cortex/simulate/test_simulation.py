@@ -155,3 +155,32 @@ def test_on_equal_sizes_in_one_pool_belady_is_the_linear_programmes_bound(seed: 
     nodes = [NodeSpec("pool", (5 * GB,), 100.0 * GB)]
     found = Simulation(nodes, models, requests, Rules("clairvoyant", clairvoyant(requests))).run()
     assert found.cold_starts == pytest.approx(bound.least_loads(order, 5), abs=1e-6)
+
+
+# prompt caches
+
+
+def turns(talk: int, start: float, count: int, each_s: float = 5.0) -> list[Request]:
+    """A conversation whose prompt grows by 1,000 tokens a turn."""
+    ids = [1000 * talk + turn for turn in range(count)]
+    return [Request(start + each_s * n, "a", 1000 * (n + 1), 10, ids[: n + 1]) for n in range(count)]
+
+
+def test_a_prompt_that_was_computed_is_not_computed_again_where_it_is_kept() -> None:
+    plain, keeps = Model("a", 2 * GB), Model("a", 2 * GB, cache_tokens=50_000)
+    assert run(turns(1, 0.0, 5), [plain]).computed_tokens == 15_000
+    found = run(turns(1, 0.0, 5), [keeps])
+    assert (found.prompt_tokens, found.computed_tokens) == (15_000, 5_000)
+    assert found.cached == pytest.approx(2 / 3)
+
+
+def test_copies_keep_their_conversations() -> None:
+    nodes = [NodeSpec(name, (10 * GB,), 1.0 * GB) for name in "xy"]
+    model = Model("a", 8 * GB, slots=1, cache_tokens=50_000)
+    rush = [Request(0.1 * n, "a", 100, 500) for n in range(30)]
+    talks = sorted((r for n in range(8) for r in turns(n, 200.0 + n, 10, 17.0)), key=lambda r: r.t)
+    found = run([*rush, *talks], [model], nodes=nodes)
+    assert found.copies == 1
+    computed = found.computed_tokens - 30 * 100
+    assert computed < 1.5 * 8 * 10_000, "not much more than each token once"
+    assert found.refused == 0

@@ -31,3 +31,13 @@ def test_a_bad_line_is_named(tmp_path: Path, lines: str, says: str) -> None:
     with pytest.raises(BadTrace) as raised:
         trace.read(tmp_path / "t.jsonl")
     assert says in str(raised.value)
+
+
+def test_where_the_prefixes_end_is_spread_evenly_where_nobody_recorded_it() -> None:
+    assert list(Request(0.0, "a", 90, 1, [1, 2, 3]).marks) == [30, 60, 90]
+    assert list(Request(0.0, "a", 90, 1, [1, 2, 3], [10, 20, 80]).marks) == [10, 20, 80]
+
+
+def test_a_generated_prefix_is_written_as_a_list(tmp_path: Path) -> None:
+    trace.write(tmp_path / "t.jsonl", [Request(0.5, "a", 10, 20, range(7, 9))])
+    assert trace.read(tmp_path / "t.jsonl") == [Request(0.5, "a", 10, 20, [7, 8])]
