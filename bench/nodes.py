@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -116,15 +116,23 @@ def neuron(folder: Path, *, cores: str, toml: str = "") -> Iterator[Program]:
 
 
 @contextmanager
-def cortex(folder: Path, node: Program, *, cores: str, models: bool = True) -> Iterator[Program]:
-    """A gateway in front of this node; up when it answers, and has seen the node's models where it has some."""
+def cortex(
+    folder: Path, *nodes: Program, cores: str, models: bool = True, serve: Sequence[str | Path] = ()
+) -> Iterator[Program]:
+    """A gateway in front of these nodes; up when it answers, and has seen a model where they have some. serve: what is
+    run with --config, in place of `cortex serve`."""
     port = free_port()
+    folder.mkdir(parents=True, exist_ok=True)
     config = folder / "cortex.toml"
+    names = ["node"] if len(nodes) == 1 else [f"n{at}" for at in range(len(nodes))]
     config.write_text(
         f'[gateway]\nlisten = "127.0.0.1:{port}"\nmetrics_listen = "127.0.0.1:0"\n'
-        f'[[neurons]]\nname = "node"\nendpoint = "http://127.0.0.1:{node.port}"\n'
+        + "".join(
+            f'[[neurons]]\nname = "{name}"\nendpoint = "http://127.0.0.1:{node.port}"\n'
+            for name, node in zip(names, nodes, strict=True)
+        )
     )
-    command = [Path(sys.executable).parent / "cortex", "serve", "--config", config]
+    command = [*(serve or (Path(sys.executable).parent / "cortex", "serve")), "--config", config]
     with running(command, cores=cores, log=folder / "cortex.log", env={"PYTHONPATH": OURS}) as tree:
         wait_for_port(port, tree)
         program = Program(tree, port, folder)
