@@ -56,6 +56,7 @@ class TraceRecorder:
         usage, salt = exchange.usage, self._salt
         prefix = [xxhash.xxh3_64_intdigest(h.to_bytes(8, "little"), salt) for h in prompt.hashes] if prompt else ()
         tokens = usage.prompt_tokens if usage is not None else round(prompt.weight / _TOKEN_BYTES) if prompt else 0
+        ends = [round(tokens * end / prompt.weight) for end in prompt.ends] if prompt else ()
         self._ended.append(
             Request(
                 round(self._since + exchange.t_start, 3),
@@ -63,6 +64,7 @@ class TraceRecorder:
                 tokens,
                 usage.completion_tokens if usage is not None else 0,
                 prefix,
+                ends,
             )
         )
 

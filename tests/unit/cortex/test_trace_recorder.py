@@ -38,6 +38,7 @@ def test_what_ended_is_recorded_with_its_begin_its_tokens_and_its_prefixes(tmp_p
     assert (second.t, second.model, second.prompt_tokens, second.output_tokens) == (2.5, "qwen", 40, 20)
     assert (third.t, third.prefix) == (3.0, [] or ())
     assert (len(second.prefix), second.prefix[0]) == (2, first.prefix[0]), "the same beginning has the same id"
+    assert list(second.ends) == [17, 40], "in tokens, as the prompt's own count has them"
     assert 7 not in second.prefix, "but not one that can be looked up"
     assert "1764000001" in (tmp_path / "t.jsonl").read_text()
 
