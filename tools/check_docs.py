@@ -163,7 +163,7 @@ def _settings(
     for field in msgspec.structs.fields(schema):
         item = list_item(field.type)
         if (section := struct_of(field.type)) is not None:
-            yield from _settings(file, section, f"[{field.name}]")
+            yield from _settings(file, section, f"{at} {field.name}" if at else f"[{field.name}]")
         elif item is not None and (entry := struct_of(item)) is not None:
             yield from (
                 found

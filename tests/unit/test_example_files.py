@@ -27,7 +27,7 @@ def keys(schema: type[msgspec.Struct]) -> set[str]:
     found: set[str] = set()
     for field in msgspec.structs.fields(schema):
         below = struct_of(field.type) or (struct_of(list_item(field.type)) if list_item(field.type) else None)
-        if below is None:
+        if below is None or below is config.Bounds:  # written in one line
             found.add(field.name)
         elif below is not config.LoadRequest:  # shown whole in models.example.toml
             found |= keys(below)

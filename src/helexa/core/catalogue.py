@@ -10,12 +10,9 @@ import msgspec
 from msgspec import Meta
 
 from helexa.core import aliases, profile, settings_file
-from helexa.core.config import is_legacy, log_warning
+from helexa.core.config import Bounds, is_legacy, log_warning
 from helexa.core.lifecycle import LoadRequest, ServingProfile
 from helexa.core.settings_file import Fault, Key
-
-# Wishes that wait for the part that will act on them.
-IDLE = frozenset({("models", "limits")})
 
 
 class ModelProfile(ServingProfile, frozen=True):
@@ -27,6 +24,7 @@ class ModelProfile(ServingProfile, frozen=True):
     ttl_s: Annotated[float, Meta(gt=0, le=31_536_000)] | None = None
     max_replicas: Annotated[int, Meta(ge=1, le=10_000)] | None = None
     preload: bool = False
+    limits: Bounds | None = None
     cost: dict[str, Annotated[float, Meta(ge=0, le=1e9)]] | None = None  # USD per million tokens
 
     def load_request(self) -> LoadRequest:
@@ -46,7 +44,7 @@ class Catalogue(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def load_catalogue(path: Path, warn: Callable[[str], None] = log_warning) -> Catalogue:
     """models.toml, checked. Raises ConfigError with everything that is wrong in it."""
-    return settings_file.read(Catalogue, path, legacy=is_legacy, idle=IDLE, rules=_rules, warn=warn)
+    return settings_file.read(Catalogue, path, legacy=is_legacy, rules=_rules, warn=warn)
 
 
 def _rules(catalogue: Catalogue) -> Iterator[Fault]:

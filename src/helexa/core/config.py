@@ -27,7 +27,7 @@ CORTEX_VARIABLES = frozenset({"CORTEX_URL", "CORTEX_CONFIG"})
 NEURON_VARIABLES = frozenset({"NEURON_CONFIG"})
 
 # Keys of the contract that wait for the part that will act on them. Taken, and told: silence would be a lie.
-IDLE = frozenset({("default_models", key) for key in ("vram_mb", "limits")})
+IDLE = frozenset({("default_models", "vram_mb")})
 
 Seconds = Annotated[float, Meta(gt=0, le=604_800)]  # a week: whoever asks for more has mistaken the unit
 Grace = Annotated[float, Meta(ge=0, le=86_400)]
@@ -104,10 +104,18 @@ class Eviction(Section, frozen=True):
     defrag_after_cycles: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 50
 
 
+class Bounds(Section, frozen=True):
+    """How many requests of this gateway a model, or a node, may have at once; left out: as many as come."""
+
+    running: Count | None = None
+    waiting: Annotated[int, Meta(ge=0, le=10_000_000)] | None = None
+
+
 class NeuronEntry(Section, frozen=True):
     name: Text
     endpoint: Text
     token: Text | None = None
+    limits: Bounds | None = None
 
 
 class CortexSettings(Section, frozen=True):

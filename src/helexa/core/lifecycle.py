@@ -75,7 +75,6 @@ class ServingProfile(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     vram_mb: AtLeastOne | None = None
     min_devices: AtLeastOne | None = None
     min_device_vram_mb: AtLeastOne | None = None
-    limits: dict[str, Any] | None = None
     capabilities: list[str] | None = None
 
 

@@ -106,6 +106,7 @@ class Cortex:
             self.metrics,
             self.request_log,
             wait_s=settings.loading.wait_s,
+            queue=settings.loading.queue,
             clock=time.monotonic,
             setup=Setup(
                 Options(

@@ -5,15 +5,13 @@ Decisions are the router's and the swapper's; this module asks them, keeps what 
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from functools import lru_cache
 from itertools import count
-from math import inf
 from random import Random
 from typing import Final
-
-import msgspec
 
 from helexa.core import logs
 from helexa.core.dialects import node_errors
@@ -30,54 +28,30 @@ from helexa.core.errors import (
 )
 from helexa.core.lifecycle import ModelStatus
 from helexa.core.relay.contract import Exchange, Reply, Route
-from helexa.core.relay.wire import value_of
 from helexa.core.request_log import RequestLog
 from helexa.cortex import counting, prefixes, refusals
+from helexa.cortex.admission import Admission
 from helexa.cortex.fallbacks import Fallbacks
-from helexa.cortex.fleet import Fleet, Node, Replica
+from helexa.cortex.fleet import Fleet, Replica
 from helexa.cortex.loader import Loader
-from helexa.cortex.metrics import OTHER, Metrics, Series
+from helexa.cortex.metrics import OTHER, Metrics
 from helexa.cortex.prefixes import Prompt
+from helexa.cortex.pursuit import NodeRoute, Pursuit, deadline_of, tell_all
 from helexa.cortex.router import choose
-from helexa.cortex.routing import Routed, Routing
+from helexa.cortex.routing import Routing
 from helexa.cortex.targets import Target, Targets, wrong_task
 from helexa.cortex.trace_recorder import TraceRecorder
-from helexa.cortex.translated import Setup, Translated
+from helexa.cortex.translated import Setup
 from helexa.cortex.translations import TRANSLATIONS
-from helexa.cortex.work import Ticket
 
 log = logs.get("cortex.director")
 
 _ENSURE_ATTEMPTS: Final = 3  # a load that is evicted before its waiter gets to it, three times over: give up
 
 
-class NodeRoute(Route, kw_only=True, eq=False):
-    """A Route that remembers what `released` has to give back."""
-
-    replica: Replica
-    series: Series
-    ticket: Ticket | None = None  # where there was a choice
-
-
-class Pursuit(msgspec.Struct, eq=False):
-    """What one request has been through; `Exchange.state`. A Struct for the same reason as Exchange."""
-
-    model: Target
-    others: tuple[Target, ...] = ()  # what the alias lists beside it, not tried yet
-    reasons: tuple[str, ...] = ()  # why those that the alias lists and that were tried could not serve it
-    translated: Translated | None = None  # the request, where nodes do not speak its dialect
-    counts: bool = False  # its tokens are counted, and nothing is loaded for that
-    routed: Routed | None = None  # where the model has several replicas
-    headers_back: bytes = b""  # for the client, once a node is asked: which model answers was open before
-    series: Series | None = None  # of the latest attempt, as is
-    node: Node | None = None
-    broken: list[str] = []  # nodes that failed it, as against those that asked to wait
-    last_error: HelexaError | None = None
-    passed_on: HelexaError | None = None  # a node's refusal that the client got as it was
-
-
 class CortexDirector:
     """core.relay.contract.Director for a fleet. wait_s: how long a request may wait for loads, all of them together.
+    queue: how many may wait for a place at a model.
     clock: the loop's, which stamps the exchanges too."""
 
     def __init__(
@@ -88,6 +62,7 @@ class CortexDirector:
         request_log: RequestLog,
         *,
         wait_s: float,
+        queue: int = 256,
         clock: Callable[[], float],
         rng: Random | None = None,
         setup: Setup | None = None,
@@ -104,6 +79,7 @@ class CortexDirector:
         self._rng = rng or Random()
         self._routing = Routing(self._rng, clock, metrics.routed)
         self._fallbacks = Fallbacks(loader.outlook, clock)
+        self._admission = Admission(fleet, queue, clock)
         self._targets = Targets(fleet)
         self._target_of = self._targets.by_name.get
         self._waiting: Counter[str] = Counter()
@@ -136,14 +112,19 @@ class CortexDirector:
                     return reply
         if pursuit.counts:
             return self._count(exchange, pursuit)
-        replica = self._choose(exchange, pursuit, pursuit.model.replicas, exchange.tried)
-        if replica is not None:
-            return self._send(exchange, pursuit, replica)
+        if pursuit.model.is_bounded:
+            bounded = self._within_bounds(exchange, pursuit)
+            if bounded is not None:
+                return bounded
+        else:
+            replica = self._choose(exchange, pursuit, pursuit.model.replicas, exchange.tried)
+            if replica is not None:
+                return self._send(exchange, pursuit, replica)
         last = pursuit.last_error
         if last is not None and not isinstance(last, ModelLoading | ModelUnloading):
             if self._falls_back(exchange, pursuit, last):
                 return self.route(exchange)
-            _tell_all(last, pursuit)
+            tell_all(last, pursuit)
             raise last
         return self._wait(exchange, pursuit)
 
@@ -199,6 +180,8 @@ class CortexDirector:
         assert isinstance(route, NodeRoute)
         route.replica.end(self._clock())
         route.series.inflight -= 1
+        if self._admission.lines:
+            self._admission.changed()
         if exchange.timings is not None:
             route.replica.work.timed(exchange.timings)
         if route.ticket is not None:
@@ -293,13 +276,60 @@ class CortexDirector:
             error = pursuit.last_error or counting.nobody(model.id)
             if self._falls_back(exchange, pursuit, error):
                 return self.route(exchange)
-            _tell_all(error, pursuit)
+            tell_all(error, pursuit)
             raise error
         replica, profile = found
         route = self._send(exchange, pursuit, replica)
         if profile is not None and isinstance(route, Route) and route.body is not None:
             route.body = counting.with_profile(route.body, profile)
         return route
+
+    # where an operator has set bounds
+
+    def _within_bounds(self, exchange: Exchange, pursuit: Pursuit) -> Route | Reply | Awaitable[Route | Reply] | None:
+        """None: no replica is left to try."""
+        model_id = pursuit.model.id
+        if choose(pursuit.model.replicas, exchange.tried, self._rng) is None:
+            return None
+        if model_id not in self._admission.lines:
+            route = self._try(exchange, pursuit, exchange.tried)
+            if route is not None:
+                return route
+        return self._wait(exchange, pursuit, for_a_place=True)
+
+    def _try(self, exchange: Exchange, pursuit: Pursuit, tried: Collection[str]) -> NodeRoute | Reply | None:
+        model_id = pursuit.model.id
+        if not self._admission.takes(model_id):
+            return None
+        passed_over = [*tried, *self._admission.full_nodes(model_id)]
+        replica = self._choose(exchange, pursuit, self._fleet.replicas(model_id), passed_over)
+        if replica is None or not self._admission.takes(model_id, replica):
+            return None
+        return self._send(exchange, pursuit, replica)
+
+    async def _in_turn(
+        self, exchange: Exchange, pursuit: Pursuit, tried: Collection[str], *, has_waited: bool = False
+    ) -> Route | Reply | None:
+        """When there is a place. None: nothing is left to try, or loaded. Raises Overloaded."""
+        model_id, deadline, route = pursuit.model.id, deadline_of(exchange, self._wait_s), None
+        turn = self._admission.enter(model_id, exchange.client, has_waited=has_waited)
+        try:
+            while choose(self._fleet.replicas(model_id), tried, self._rng) is not None:
+                turn.news.clear()
+                if self._admission.is_first(turn):
+                    route = self._try(exchange, pursuit, tried)
+                    if route is not None:
+                        return route
+                async with asyncio.timeout(max(0.0, deadline - self._clock())):
+                    await turn.news.wait()
+            return None
+        except TimeoutError:
+            why = f"{model_id} had no place within the time that the request may wait"
+            raise self._admission.overloaded(model_id, why) from None
+        finally:
+            self._admission.leave(turn, served=route is not None)
+
+    # models by several names, and loads
 
     def _take_up(self, exchange: Exchange, pursuit: Pursuit, target: Target) -> None:
         """From now on the request is one for this model. HOT, once per request."""
@@ -319,7 +349,7 @@ class CortexDirector:
     def _first_of(self, exchange: Exchange, pursuit: Pursuit, options: tuple[Target, ...]) -> Target:
         """The model to begin with; what else may serve it is kept with the request."""
         fit = [option for option in options if exchange.endpoint.path not in option.wrong_paths] or list(options)
-        first = self._fallbacks.choose(fit, self._deadline(exchange) - self._clock()) or fit[0]
+        first = self._fallbacks.choose(fit, deadline_of(exchange, self._wait_s) - self._clock()) or fit[0]
         pursuit.others = tuple(option for option in fit if option is not first)
         return first
 
@@ -330,7 +360,7 @@ class CortexDirector:
             return False
         self._fallbacks.failed(pursuit.model.id, error)
         pursuit.reasons += (error.message,)
-        left_s = self._deadline(exchange) - self._clock()
+        left_s = deadline_of(exchange, self._wait_s) - self._clock()
         target = self._fallbacks.choose([o for o in pursuit.others if left_s > 0 or o.replicas], left_s)
         if target is None:
             return False
@@ -341,27 +371,24 @@ class CortexDirector:
         self._take_up(exchange, pursuit, target)
         return True
 
-    def _deadline(self, exchange: Exchange) -> float:
-        """Until when it may wait for a model: as configured, or less where the request says so."""
-        told = value_of(exchange.head, exchange.head.lower(), b"x-helexa-wait:")
-        if told is None:
-            return exchange.t_start + self._wait_s
-        try:
-            wait_s = float(told)
-        except ValueError:
-            wait_s = -1.0
-        if not 0 <= wait_s < inf:
-            raise BadRequest("x-helexa-wait must be the seconds that the request may wait for its model, like 10")
-        return exchange.t_start + min(wait_s, self._wait_s)
-
-    async def _wait(self, exchange: Exchange, pursuit: Pursuit) -> Route | Reply:
+    async def _wait(self, exchange: Exchange, pursuit: Pursuit, *, for_a_place: bool = False) -> Route | Reply:
+        """Until it is loaded; for_a_place: it is, and bounded."""
         while True:
             try:
+                if for_a_place:
+                    began = self._clock()
+                    route = await self._in_turn(exchange, pursuit, exchange.tried)
+                    self._metrics.waited(pursuit.model.id, self._clock() - began)
+                    if route is not None:
+                        return route
                 return await self._wait_for_it(exchange, pursuit)
             except HelexaError as error:
                 if not self._falls_back(exchange, pursuit, error):
-                    _tell_all(error, pursuit)
+                    tell_all(error, pursuit)
                     raise
+            for_a_place = pursuit.model.is_bounded and bool(pursuit.model.replicas)
+            if for_a_place:
+                continue
             replica = self._choose(exchange, pursuit, pursuit.model.replicas, exchange.tried)
             if replica is not None:
                 return self._send(exchange, pursuit, replica)
@@ -374,8 +401,14 @@ class CortexDirector:
         self._waiting[model_id] += 1
         try:
             for _ in range(_ENSURE_ATTEMPTS):
-                latest = self._deadline(exchange)
-                await self._loader.ensure(model_id, next(self._ids), latest, request_id=exchange.request_id)
+                latest = deadline_of(exchange, self._wait_s)
+                await self._loader.ensure(
+                    model_id, next(self._ids), latest, request_id=exchange.request_id, client=exchange.client
+                )
+                if pursuit.model.is_bounded:
+                    route = await self._in_turn(exchange, pursuit, pursuit.broken, has_waited=True)
+                    if route is not None:
+                        return route
                 # A node that said "loading" may be asked again; one that failed this request may not.
                 replica = self._choose(exchange, pursuit, self._fleet.replicas(model_id), pursuit.broken)
                 if replica is not None:
@@ -408,9 +441,3 @@ def _headers(model: str, usage: bool) -> bytes:
         raise ModelNotServable(f"the name {model!r} has characters that no request can carry; rename the file")
     line = b"x-helexa-model: " + model.encode() + b"\r\n"
     return line + b"x-helexa-usage: 1\r\n" if usage else line
-
-
-def _tell_all(error: HelexaError, pursuit: Pursuit) -> None:
-    """Beside what became of the model tried last, why those before it could not serve."""
-    if pursuit.reasons and pursuit.reasons[-1] != error.message:
-        error.message = "; before that: ".join(m.rstrip(".") for m in (error.message, *reversed(pursuit.reasons)))

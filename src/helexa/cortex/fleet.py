@@ -129,6 +129,7 @@ class Node:
     """
 
     __slots__ = (
+        "bounds",
         "by_name",
         "discovery",
         "endpoint",
@@ -157,6 +158,7 @@ class Node:
         self.entry = entry
         self.name = entry.name
         self.endpoint = entry.endpoint
+        self.bounds = entry.limits
         self.upstream = upstream
         self.state: NodeState = "down"
         self.since = since  # wall clock
@@ -217,8 +219,12 @@ class Fleet:
         kept: dict[str, Node] = {}
         wanted = {entry.name: entry for entry in entries}
         for node in list(self.nodes.values()):
-            if node.entry == wanted.get(node.name):
+            entry = wanted.get(node.name)
+            if entry is not None and (entry.endpoint, entry.token) == (node.entry.endpoint, node.entry.token):
                 kept[node.name] = node
+                if entry != node.entry:
+                    said.append(f"the limits of {node.name} are others")
+                    node.entry, node.bounds = entry, entry.limits
                 continue
             said.append(f"{node.name} is {'another node' if node.name in wanted else 'gone'}")
             news |= self._remove(node)
@@ -326,6 +332,12 @@ class Fleet:
         else:
             nodes = [n for n in self.nodes.values() if not profile.pinned_on or n.name in profile.pinned_on]
         return [(node, node.models.get(model_id)) for node in nodes if node.state in ("up", "suspect")]
+
+    def is_bounded(self, model_id: str) -> bool:
+        """Has an operator bounded how many requests it, or a node that may hold it, may have?"""
+        profile = self.profiles.get(model_id)
+        own = profile is not None and profile.limits is not None
+        return own or any(node.bounds is not None for node in self.nodes.values())
 
     def where(self, model_id: str) -> list[Node]:
         """Every node that lists the model, down ones too."""

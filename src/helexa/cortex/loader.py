@@ -126,11 +126,13 @@ class Loader:
         *,
         by: By = "request",
         request_id: str | None = None,
+        client: str | None = None,
     ) -> None:
         """Returns when a node can be asked for the model; loads it where none can. A cancel leaves the queue.
 
         exchange_id: one waiter's; deadline: of the loop's clock, at most `[loading] wait_s` from now; request_id: as
-        its own caller knows it. Raises ModelLoading, LoadFailed, Overloaded, NoNode or ModelNotServable.
+        its own caller knows it; client: whose share of the queue it takes. Raises ModelLoading, LoadFailed, Overloaded,
+        NoNode or ModelNotServable.
         """
         if self._fleet.replicas(model_id):
             return
@@ -143,7 +145,8 @@ class Loader:
         self._waiters[exchange_id] = future
         self._asked_by[exchange_id] = (by, request_id)
         try:
-            self._feed(swapper.Asked(model_id, exchange_id, latest if deadline is None else min(deadline, latest)))
+            until = latest if deadline is None else min(deadline, latest)
+            self._feed(swapper.Asked(model_id, exchange_id, until, client, self._room_for(model_id)))
             await future
         finally:
             del self._asked_by[exchange_id]
@@ -154,6 +157,11 @@ class Loader:
                 self._feed(swapper.Left(model_id, exchange_id))
             elif future.done() and not future.cancelled():
                 future.exception()  # seen, also where a cancel came in the same moment
+
+    def _room_for(self, model_id: str) -> int | None:
+        """How many may wait for it, where it has a bound of its own."""
+        profile = self._fleet.profiles.get(model_id)
+        return profile.limits.waiting if profile is not None and profile.limits is not None else None
 
     def progress(self, model_id: str) -> bytes | None:
         """How a load stands, for heartbeats: b"loading qwen on beast: 43 %". None where nobody waits for one."""
@@ -502,8 +510,18 @@ class Loader:
         now = asyncio.get_running_loop().time()
         match refusal.why:
             case swapper.Why.QUEUE_FULL:
+                bound = self._room_for(model)
+                which = f"{self._state.queue} requests wait for it already ([loading] queue)"
+                if bound is not None:
+                    which = f"{bound} requests wait for it already (its limits)"
                 return Overloaded(
-                    f"{model} is loading, and {self._state.queue} requests wait for it already ([loading] queue)",
+                    f"{model} is loading, and {which}",
+                    retry_after_s=self._standing(model).retry_after_s,
+                )
+            case swapper.Why.SHARE_FULL:
+                return Overloaded(
+                    f"{model} is loading, and as many requests of this client wait for it as it may have while others "
+                    f"come too",
                     retry_after_s=self._standing(model).retry_after_s,
                 )
             case swapper.Why.TIMED_OUT if any(f.kind is Kind.NO_ROOM for f in refusal.failures):

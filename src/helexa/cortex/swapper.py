@@ -27,6 +27,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Final
 
+from helexa.core.fair_queue import has_share
+
 Waiter = int | str
 
 
@@ -83,11 +85,14 @@ class Remembered:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request waits for the model, until `deadline`."""
+    """A request waits for the model, until `deadline`. client: whose share of the queue it takes; None: nobody's, as
+    for what the gateway itself wants. room: how many may wait for this model, where that is not `State.queue`."""
 
     model: str
     waiter: Waiter
     deadline: float
+    client: str | None = None
+    room: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +206,7 @@ class Serve:
 
 class Why(Enum):
     QUEUE_FULL = "queue full"
+    SHARE_FULL = "share full"  # its client has as many in the queue as it may have
     TIMED_OUT = "timed out"
     NO_PLACE = "no place"
 
@@ -233,6 +239,7 @@ class Pursuit:
     """One wanted model.
 
     waiters:   with deadlines, in order of arrival
+    clients:   of the waiters that take a share of the queue
     since:     when it was first asked for
     node:      while CLEARING or LOADING
     wake_at:   while RESTING
@@ -244,6 +251,7 @@ class Pursuit:
 
     phase: Phase
     waiters: tuple[tuple[Waiter, float], ...] = ()
+    clients: Mapping[Waiter, str] = field(default_factory=dict)
     since: float = 0.0
     node: str | None = None
     wake_at: float | None = None
@@ -313,14 +321,20 @@ def next_wake(state: State) -> float | None:
 
 
 def _asked(state: State, event: Asked, now: float) -> Step:
-    """1. The queue is full: refused. 2. Wanted already: waits with the others. 3. A new pursuit."""
+    """1. The queue is full, or its client's share of it: refused. 2. Wanted already: waits with the others. 3. A new
+    pursuit."""
     pursuit = state.wanted.get(event.model)
-    if pursuit is not None and len(pursuit.waiters) >= state.queue:
-        return state, [Refuse(event.model, (event.waiter,), Why.QUEUE_FULL)]
+    client = {event.waiter: event.client} if event.client is not None else {}
     if pursuit is not None:
+        room, waiting = state.queue if event.room is None else event.room, len(pursuit.waiters)
+        own = sum(1 for name in pursuit.clients.values() if name == event.client)
+        if waiting >= room:
+            return state, [Refuse(event.model, (event.waiter,), Why.QUEUE_FULL)]
+        if event.client is not None and not has_share(room, waiting, own):
+            return state, [Refuse(event.model, (event.waiter,), Why.SHARE_FULL)]
         waiters = (*pursuit.waiters, (event.waiter, event.deadline))
-        return _with(state, event.model, replace(pursuit, waiters=waiters)), []
-    new = Pursuit(Phase.PLACING, waiters=((event.waiter, event.deadline),), since=now)
+        return _with(state, event.model, replace(pursuit, waiters=waiters, clients={**pursuit.clients, **client})), []
+    new = Pursuit(Phase.PLACING, waiters=((event.waiter, event.deadline),), clients=client, since=now)
     return _place(state, event.model, new, now)
 
 
@@ -431,7 +445,8 @@ def _left(state: State, model: str, pursuit: Pursuit, gone: Iterable[Waiter]) ->
     """Without these waiters; without the pursuit where nobody waits and nothing is under way."""
     waiters = tuple(w for w in pursuit.waiters if w[0] not in gone)
     over = not waiters and pursuit.phase not in (Phase.CLEARING, Phase.LOADING)
-    return _with(state, model, None if over else replace(pursuit, waiters=waiters))
+    clients = {waiter: client for waiter, client in pursuit.clients.items() if waiter not in gone}
+    return _with(state, model, None if over else replace(pursuit, waiters=waiters, clients=clients))
 
 
 def _with(state: State, model: str, pursuit: Pursuit | None) -> State:

@@ -38,19 +38,27 @@ class Target:
     replicas:    the fleet's live list
     wrong_paths: what it cannot be asked for, with what it is for
     named:       the header line that tells the client who answered
+    is_bounded:  how many requests it may have at once is bounded, or how many a node may
     fallbacks:   what the alias lists beside it, whose preferred model it is
     """
 
-    __slots__ = ("context", "fallbacks", "id", "named", "replicas", "wrong_paths")
+    __slots__ = ("context", "fallbacks", "id", "is_bounded", "named", "replicas", "wrong_paths")
 
     def __init__(
-        self, model_id: str, replicas: list[Replica], tasks: frozenset[str], context: int | None = None
+        self,
+        model_id: str,
+        replicas: list[Replica],
+        tasks: frozenset[str],
+        context: int | None = None,
+        *,
+        is_bounded: bool = False,
     ) -> None:
         self.id = model_id
         self.context = context
         self.replicas = replicas
         self.wrong_paths = {path: tasks for path, need in _TASKS.items() if tasks and not tasks & need}
         self.named = b"x-helexa-model: %b\r\n" % model_id.encode() if model_id.isprintable() else b""
+        self.is_bounded = is_bounded
         self.fallbacks: tuple[Target, ...] = ()
 
 
@@ -75,7 +83,13 @@ class Targets:
 
     def _target(self, model_id: str) -> Target:
         context = self._fleet.entry(model_id).get("max_model_len")
-        return Target(model_id, self._fleet.replicas(model_id), self._tasks(model_id), context)
+        return Target(
+            model_id,
+            self._fleet.replicas(model_id),
+            self._tasks(model_id),
+            context,
+            is_bounded=self._fleet.is_bounded(model_id),
+        )
 
     def _tasks(self, model_id: str) -> frozenset[str]:
         """What the model is known to be for; empty while nobody knows."""

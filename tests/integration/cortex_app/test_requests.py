@@ -222,6 +222,31 @@ def test_an_alias_goes_to_the_next_of_its_models_where_the_first_cannot_be_had(t
     run(scenario())
 
 
+def test_what_is_over_a_models_limits_waits_its_turn_or_is_told_to_come_again(tmp_path: Path) -> None:
+    node = ServingNeuron()
+    node.plan.append(node.paused)
+
+    async def scenario() -> None:
+        models = '[[models]]\nid = "m"\nlimits = { running = 1, waiting = 1 }\n'
+        async with fleet(tmp_path, node, models=models) as gateway:
+            first = asyncio.create_task(streamed(gateway))
+            await node.arrived.wait()
+            others = [asyncio.create_task(gateway.chat("m")) for _ in range(2)]
+            [refused], [waiting] = await asyncio.wait(others, return_when=asyncio.FIRST_COMPLETED)
+            answer = refused.result()
+            error = error_of(answer.body)
+            assert (answer.status, error["code"]) == (503, "overloaded")
+            assert int(answer.headers["retry-after"]) >= 1
+            claude = await gateway.post("/v1/messages", asking("m", max_tokens=9))
+            assert (claude.status, claude.json()["error"]["type"]) == (529, "overloaded_error")
+            assert len(node.seen) == 1
+            node.go_on.set()
+            assert text_of((await first)[1]) == TEXT
+            assert (await waiting).status == 200
+
+    run(scenario())
+
+
 def test_a_failed_load_is_told_with_the_nodes_reason(tmp_path: Path) -> None:
     node = ServingNeuron()
     node.load_failure = "the file is cut short at byte 4711"

@@ -6,6 +6,7 @@ import pytest
 from tests.helpers.fleets import answers, fleet, health, info, settings
 
 from helexa.core.catalogue import Catalogue, ModelProfile
+from helexa.core.config import Bounds, NeuronEntry
 from helexa.core.discovery import DeviceHealth
 from helexa.core.errors import ModelNotFound, NoNode
 from helexa.core.lifecycle import ModelLimits, ModelStatus
@@ -397,3 +398,13 @@ def test_the_view_shows_nodes_models_and_requests_and_no_token() -> None:
     assert (node["name"], node["state"], node["endpoint"]) == ("beast", "up", "http://beast.invalid:13131")
     assert node["models"] == [{"id": "phi", "status": "loaded", "vram_used_mb": 900, "inflight": 1}]
     assert "last_error" not in node
+
+
+def test_a_node_with_other_limits_is_the_same_node() -> None:
+    view = fleet("beast", models=[QWEN])
+    node = answers(view, "beast", info(QWEN.id))
+    [replica] = view.replicas(QWEN.id)
+    entry = NeuronEntry(name="beast", endpoint=node.endpoint, limits=Bounds(running=2))
+    assert view.reconfigure([entry], Catalogue(models=[QWEN])) == ["the limits of beast are others"]
+    assert view.replicas(QWEN.id) == [replica]
+    assert view.is_bounded(QWEN.id)

@@ -73,6 +73,25 @@ def test_a_full_queue_refuses_the_next_and_keeps_the_others() -> None:
     assert run.step(Ready("m")) == [Serve("m", (2, 4))]
 
 
+def test_no_client_fills_the_queue_and_what_leaves_gives_its_share_back() -> None:
+    run = Run(queue=5)
+    run.load_on("beast")
+    for waiter in (2, 3, 4):
+        assert run.step(Asked("m", waiter, 700, "a")) == []
+    assert run.step(Asked("m", 5, 700, "a")) == [Refuse("m", (5,), Why.SHARE_FULL)]
+    run.step(Left("m", 2))
+    assert run.step(Asked("m", 6, 700, "a")) == []
+    assert run.step(Asked("m", 7, 700, "b")) == []
+    assert run.step(Asked("m", 8, 700, "b")) == [Refuse("m", (8,), Why.QUEUE_FULL)]
+
+
+def test_a_model_may_have_a_bound_of_its_own() -> None:
+    run = Run(queue=5)
+    run.load_on("beast")
+    assert run.step(Asked("m", 2, 700, room=1)) == [Refuse("m", (2,), Why.QUEUE_FULL)]
+    assert run.step(Asked("m", 3, 700, room=2)) == []
+
+
 def test_different_models_load_side_by_side_also_on_one_node() -> None:
     run = Run()
     run.load_on("beast", "a", waiter=1)

@@ -114,6 +114,33 @@ def test_a_full_queue_refuses() -> None:
     run(main())
 
 
+def test_one_client_does_not_fill_the_queue_and_who_is_refused_is_told_when_it_will_be_empty() -> None:
+    async def main() -> None:
+        seats = seats_of(1, queue=9)
+        seat = take(seats)
+        for _ in range(3):  # at a pace
+            again = wait_for(seats, "x")
+            await asyncio.sleep(0.01)
+            seat.release()
+            seat = await again
+        waiting = []
+        for _ in range(6):
+            waiting.append(wait_for(seats, "a"))
+            await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="6 of 6 waiting requests are of a") as caught:
+            seats.enter(exchange("m", "a"))
+        assert caught.value.retry_after_s == 1  # six, at some hundred a second
+        waiting.append(wait_for(seats, "b"))
+        await asyncio.sleep(0)
+        assert seats.queued == 7
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        seat.release()
+
+    run(main())
+
+
 def test_closing_refuses_who_waits_and_who_comes_and_lets_run_what_runs() -> None:
     async def main() -> None:
         seats = seats_of(1)
