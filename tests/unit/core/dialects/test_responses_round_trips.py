@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from openai import omit
 from openai._models import construct_type_unchecked
 from openai.lib.streaming.responses._responses import ResponseStreamState
-from openai.types.responses import Response, ResponseStreamEvent
+from openai.types.responses import Response, ResponseItem, ResponseStreamEvent
 from pydantic import TypeAdapter
 from tests.helpers.anthropic_conversations import Streamed, answers
 from tests.helpers.responses_conversations import conversations
 
 from helexa.core import sse
 from helexa.core.dialects.responses_document import Document
+from helexa.core.dialects.responses_items import listed
 from helexa.core.dialects.responses_request import read, translate
 from helexa.core.dialects.responses_sinks import EventWriter, ResponseBuilder
 from helexa.core.dialects.responses_stream import Answer
@@ -26,6 +27,7 @@ from helexa.neuron.harness.openai_fields import read_chat
 
 ECHO = translate(read(b'{"input":"x"}'), b'{"input":"x"}').echo
 DONE = frozenset({"response.completed", "response.incomplete"})
+_item_type: TypeAdapter[Any] = TypeAdapter(ResponseItem)
 _event_type: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 FORMS = st.fixed_dictionaries({"show_summary": st.booleans(), "seal": st.booleans()})
@@ -231,6 +233,16 @@ def test_texts_calls_and_results_reach_the_prompt_in_their_order(body: dict[str,
             parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
             told += [(message["role"], p.get("text", "an image")) for p in parts]
     assert told == _expected(body)
+
+
+@settings(deadline=None)
+@given(conversations())
+def test_what_was_asked_is_listed_in_items_of_the_sdk_s_types(body: dict[str, Any]) -> None:
+    items = json.loads(listed(json.dumps(body).encode(), "hx1"))
+    given_input = body["input"]
+    assert len(items) == (1 if isinstance(given_input, str) else len(given_input))
+    for item in items:
+        _item_type.validate_json(json.dumps(item), strict=True)
 
 
 def _expected(body: dict[str, Any]) -> list[Any]:
