@@ -268,7 +268,9 @@ def simulate(
     zipf: Annotated[float, typer.Option(min=0.0, max=5.0, help="How uneven models are asked for; 0: evenly.")] = 1.0,
     bursts: Annotated[bool, typer.Option("--bursts", help="Conversations with a daily cycle.")] = False,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 1,
-    compare: Annotated[bool, typer.Option("--compare", help="Other policies beside the configured one.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Other policies beside the configured one, and a bound.")
+    ] = False,
     svg: Annotated[Path | None, typer.Option(help="Draw waiting and memory into this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +19,7 @@ from helexa.core.config import CortexSettings
 from helexa.cortex.client import CommandFailed
 from helexa.cortex.eviction import POLICIES
 from helexa.cortex.operate import print_json
-from helexa.cortex.simulate import svg, trace
+from helexa.cortex.simulate import bound, svg, trace
 from helexa.cortex.simulate.described import fleet, parse_node
 from helexa.cortex.simulate.results import Results
 from helexa.cortex.simulate.rivals import best_fit, clairvoyant
@@ -27,6 +27,9 @@ from helexa.cortex.simulate.simulation import Rules, Simulation
 from helexa.cortex.simulate.trace import Request
 from helexa.cortex.simulate.workloads import Arrivals, generate
 from helexa.cortex.simulate.world import Model, NodeSpec
+
+BOUND: Final = "least in order"
+BOUNDED: Final = 50_000  # requests; some ten seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +80,14 @@ def simulate(
         for name, specs in fleets
         for rules in (_compared(strategy, requests) if compare else [Rules(strategy, POLICIES[strategy])])
     ]
+    least = _bounds(fleets, models, requests) if compare else {}
     if picture is not None:
         picture.write_text(draw(runs))
     if as_json:
-        print_json([as_dict(found) for found in runs])
+        bounds = [{"name": name, "cold_starts": round(loads, 6), "is_bound": True} for name, loads in least.items()]
+        print_json([*(as_dict(found) for found in runs), *bounds])
     else:
-        show(runs)
+        show(runs, least)
         if picture is not None:
             print(f"drawn in {picture}", file=sys.stderr)
 
@@ -94,6 +99,24 @@ def _compared(strategy: str, requests: Sequence[Request]) -> list[Rules]:
         Rules(f"{strategy}, best fit", POLICIES[strategy], place=best_fit),
         Rules("clairvoyant", clairvoyant(requests)),
     ]
+
+
+def _bounds(
+    fleets: Sequence[tuple[str, Sequence[NodeSpec]]], models: Sequence[Model], requests: Sequence[Request]
+) -> dict[str, float]:
+    """By fleet, the least loads that any rule could make. Where that cannot be worked out, stderr is told why."""
+    if len(requests) > BOUNDED:
+        print(f"cortex: no bound: it is worked out for up to {BOUNDED:,} requests", file=sys.stderr)
+        return {}
+    asked, mb = [request.model for request in requests], {model.id: model.mb for model in models}
+    try:
+        return {
+            f"{name}, {BOUND}": bound.least_loads(asked, mb, sum(sum(node.devices_mb) for node in nodes))
+            for name, nodes in fleets
+        }
+    except bound.NoSolver as err:
+        print(f"cortex: no bound: {err}", file=sys.stderr)
+        return {}
 
 
 def _requests(load: Load, catalogue: Catalogue, models: Sequence[Model]) -> list[Request]:
@@ -121,7 +144,7 @@ def _requests(load: Load, catalogue: Catalogue, models: Sequence[Model]) -> list
 # Showing
 
 
-def show(runs: Sequence[Results]) -> None:
+def show(runs: Sequence[Results], least: Mapping[str, float]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)  # a pipe gets whole lines
     table = Table(box=None, header_style="bold")
     for at, head in enumerate(
@@ -154,7 +177,11 @@ def show(runs: Sequence[Results]) -> None:
             f"{r.cached:.0%}",
             f"{r.tokens_per_second:.1f}",
         )
+    for name, loads in least.items():
+        table.add_row(name, f"{loads:,.1f}", style="dim")
     console.print(table)
+    if least:
+        console.print(f"{BOUND}: of all memory as one pool; who lets requests wait may have fewer", style="dim")
     console.print()
     memory = Table(box=None, header_style="bold")
     memory.add_column("memory used (most)")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -58,11 +59,37 @@ def test_the_table_and_the_picture_show_each_policy(tmp_path: Path, capsys: pyte
     load = Load(rate=0.05, hours=2)
     simulate(SETTINGS, CATALOGUE, load, described=["n=24GB", "m=8GB"], compare=True, picture=picture)
     shown = capsys.readouterr().out
-    for words in ("as it is, adaptive", "as it is, lru", "as it is, clairvoyant", "best fit", "cold starts", "p99"):
+    for words in (
+        "as it is, adaptive",
+        "as it is, lru",
+        "as it is, clairvoyant",
+        "least in order",
+        "best fit",
+        "cold starts",
+        "p99",
+    ):
         assert words in shown
     root = ElementTree.fromstring(picture.read_text())
     assert root.tag.endswith("svg")
     assert "Memory in use, as it is, lru" in picture.read_text()
+
+
+def test_beside_the_policies_stands_what_none_of_them_can_come_below(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("scipy", reason="the bound is a linear programme")
+    load = written(tmp_path / "t.jsonl", *[(600.0 * i, "large" if i % 2 else "small") for i in range(40)])
+    simulate(SETTINGS, CATALOGUE, load, described=["n=24GB"], added=["24GB"], compare=True, as_json=True)
+    rows = json.loads(capsys.readouterr().out)
+    least = {row["name"]: row["cold_starts"] for row in rows if row.get("is_bound")}
+    assert least == {"as it is, least in order": 40, "+ 24GB, least in order": 2}
+    known = [row["cold_starts"] for row in rows if row["name"].endswith("clairvoyant")]
+    assert known == [40, 2]
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    simulate(SETTINGS, CATALOGUE, load, described=["n=24GB"], compare=True)
+    shown = capsys.readouterr()
+    assert "least in order" not in shown.out
+    assert shown.err == "cortex: no bound: the bound needs scipy: pip install scipy\n"
 
 
 def test_models_that_the_catalogue_lacks_are_named(tmp_path: Path) -> None:

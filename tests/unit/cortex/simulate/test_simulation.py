@@ -3,9 +3,9 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from bench.fleet import bound
 
 from helexa.cortex.eviction import POLICIES
+from helexa.cortex.simulate import bound
 from helexa.cortex.simulate.results import Results
 from helexa.cortex.simulate.rivals import best_fit, clairvoyant
 from helexa.cortex.simulate.simulation import Rules, Simulation
@@ -154,7 +154,30 @@ def test_on_equal_sizes_in_one_pool_belady_is_the_linear_programmes_bound(seed: 
     requests = [Request(100.0 * at, name) for at, name in enumerate(order)]
     nodes = [NodeSpec("pool", (5 * GB,), 100.0 * GB)]
     found = Simulation(nodes, models, requests, Rules("clairvoyant", clairvoyant(requests))).run()
-    assert found.cold_starts == pytest.approx(bound.least_loads(order, 5), abs=1e-6)
+    assert found.cold_starts == pytest.approx(bound.least_loads(order, dict.fromkeys(order, GB), 5 * GB), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_on_unequal_sizes_no_rule_that_serves_in_order_comes_below_the_bound(seed: int) -> None:
+    pytest.importorskip("scipy", reason="the bound is a linear programme")
+    rng = Random(seed)
+    models = [Model(f"m{i}", rng.randrange(1, 5) * GB, service_s=0.001) for i in range(12)]
+    order = [f"m{min(11, int(rng.expovariate(0.35)))}" for _ in range(300)]
+    requests = [Request(100.0 * at, name) for at, name in enumerate(order)]
+    nodes = [NodeSpec("pool", (10 * GB,), 100.0 * GB)]
+    least = bound.least_loads(order, {m.id: m.mb for m in models}, 10 * GB)
+    best = min(
+        Simulation(nodes, models, requests, rules).run().cold_starts
+        for rules in (Rules("clairvoyant", clairvoyant(requests)), Rules("shipped"))
+    )
+    assert len(set(order)) <= least <= best + 1e-6
+
+
+def test_what_is_larger_than_all_memory_is_no_load() -> None:
+    pytest.importorskip("scipy", reason="the bound is a linear programme")
+    assert bound.least_loads(["a", "b", "a", "a"], {"a": 5, "b": 50}, 10) == 1
+    assert bound.least_loads(["a", "b", "a", "a"], {"a": 5, "b": 6}, 10) == 3
+    assert bound.least_loads(["a", "b", "a", "a"], {"a": 4, "b": 6}, 10) == 2
 
 
 # prompt caches
