@@ -28,6 +28,7 @@ from helexa.core.errors import (
     BadRequest,
     Dialect,
     HelexaError,
+    LoadFailed,
     MethodNotAllowed,
     ModelNotFound,
     NoNode,
@@ -162,6 +163,9 @@ class ControlPlane:
         usable = [node.name for node in self._fleet.nodes.values() if node.state in ("up", "suspect")]
         if not usable:
             raise NoNode(f"Not ready: {self._fleet.why_no_node()}")
+        still = self._loader.standing_still()
+        if still:
+            raise LoadFailed(f"Not ready: {'; '.join(still)}")
         return _json({"status": "ready", "nodes": usable})
 
     async def _version(self, request: Request) -> Response:

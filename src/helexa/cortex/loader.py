@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -34,6 +34,7 @@ from helexa.cortex.fallbacks import Outlook
 from helexa.cortex.fleet import Fleet, Node
 from helexa.cortex.foresight import Foreseen
 from helexa.cortex.keeper import Keeper
+from helexa.cortex.load_watch import LoadWatch
 from helexa.cortex.orders import HELD, Orders, status_on
 from helexa.cortex.placer import Placer, preference
 from helexa.cortex.plans import NoPlan, Plan
@@ -79,6 +80,7 @@ class Loader:
         self._state = swapper.State(queue=settings.loading.queue, drain_after_s=drain_after_s)
         self._events: deque[swapper.Event] = deque()
         self._stepping = False
+        self._watch = LoadWatch(self._told)
         self._waiters: dict[Waiter, asyncio.Future[None]] = {}
         self._asked_by: dict[Waiter, tuple[By, str | None]] = {}
         self._loads: dict[tuple[str, str], asyncio.Task[Failure | None]] = {}
@@ -167,6 +169,18 @@ class Loader:
         """How a load stands, for heartbeats: b"loading qwen on beast: 43 %". None where nobody waits for one."""
         pursuit = self._state.wanted.get(model_id)
         return self._standing(model_id).heartbeat() if pursuit is not None and pursuit.waiters else None
+
+    def standing_still(self) -> list[str]:
+        """What of it does not get on, a sentence for each; for GET /ready."""
+        return self._watch.still(self._state, asyncio.get_running_loop().time())
+
+    def _told(self, model_id: str, name: str) -> Hashable | None:
+        """How far the node says that its load is."""
+        node = self._fleet.nodes.get(name)
+        info = node.models.get(model_id) if node is not None else None
+        if info is None or info.progress is None:
+            return None
+        return (info.status, info.progress.phase, info.progress.fraction, info.progress.bytes_done)
 
     def outlook(self, model_id: str) -> Outlook:
         """Of a model that is loaded nowhere: when it could be, by what is known of its loads; failing where each node
@@ -289,6 +303,7 @@ class Loader:
                     self._carry_out(command)
         finally:
             self._stepping = False
+        self._watch.look(self._state, now)
         self._break_promises()
         self._listen(any(p.phase is Phase.RESTING for p in self._state.wanted.values()))
         self._set_timer()
@@ -500,6 +515,8 @@ class Loader:
             now = asyncio.get_running_loop().time()
             for node in self._fleet.where(model_id):
                 self.survey.saw(model_id, node, now)
+            if model_id in self._state.wanted:
+                self._watch.look(self._state, now)
             if model_id in self._state.wanted and self._fleet.replicas(model_id):
                 self._feed(swapper.Ready(model_id))
         if any(p.phase is Phase.RESTING for p in self._state.wanted.values()):

@@ -24,6 +24,8 @@ from helexa.core.errors import (
     Overloaded,
     ShuttingDown,
 )
+from helexa.core.lifecycle import Progress
+from helexa.cortex import load_watch
 from helexa.cortex.fallbacks import Outlook
 from helexa.cortex.loader import LoadRecord
 
@@ -414,6 +416,29 @@ def test_the_outlook_of_a_model_is_what_its_loads_took_and_failing_where_every_n
             with pytest.raises(LoadFailed):
                 await gate.loader.ensure("qwen", 2)
             assert gate.loader.outlook("qwen").is_failing
+
+    run(main())
+
+
+def test_a_load_that_stands_still_is_told_until_it_gets_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_watch, "STILL_S", 0.3)
+
+    async def main() -> None:
+        a = FakeNeuron()
+        a.load_may_end.clear()
+        async with gateway(a=a) as gate:
+            asked = asyncio.create_task(gate.loader.ensure("qwen", 1))
+            await a.until_asked("/models/load")
+            await until(gate.fleet, lambda: gate.told("qwen", "a") == "loading")
+            assert gate.loader.standing_still() == []
+            await asyncio.sleep(0.4)  # what is called still here
+            [said] = gate.loader.standing_still()
+            assert said.startswith("loading qwen on a has made no progress")
+            a.put("qwen", "loading", progress=Progress(fraction=0.9))
+            await until(gate.fleet, lambda: gate.fleet.nodes["a"].models["qwen"].progress == Progress(fraction=0.9))
+            assert gate.loader.standing_still() == []
+            a.load_may_end.set()
+            await asked
 
     run(main())
 
