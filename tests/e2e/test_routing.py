@@ -98,7 +98,15 @@ def test_a_conversation_goes_on_elsewhere_when_its_node_has_unloaded_the_model(s
     load(node, site.model)
 
 
-def test_the_measured_prefill_rate_is_shown_for_the_nodes_that_computed_prompts(site: Site) -> None:
-    place, _ = site.ask([*opening("rate"), said("x")])
-    shown = {node["name"]: node["models"][0] for node in site.gateway.get("/fleet").json()["nodes"]}
-    assert shown[place]["prefill_tokens_per_s"] > 0
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_prefill_rate_is_measured_by_what_the_nodes_say_of_each_answer(site: Site, path: str, stream: bool) -> None:
+    def rates() -> dict[str, float]:
+        nodes = site.gateway.get("/fleet").json()["nodes"]
+        return {node["name"]: node["models"][0].get("prefill_tokens_per_s", 0.0) for node in nodes}
+
+    before = rates()
+    messages = [said(f"rate {path} {stream} " * 5)]
+    body = {"model": "m", "messages": messages, "max_tokens": 4, "stream": stream}
+    assert site.gateway.request("POST", path, json=body, timeout_s=60).status == 200
+    assert sum(rates()[name] != before[name] for name in before) == 1

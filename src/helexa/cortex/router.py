@@ -258,8 +258,9 @@ class ModelRouter:
 
     def ended(self, ticket: Ticket, now: float, *, prompt_tokens: int = 0, cached_tokens: int = 0) -> None:
         """However it ended. Both counts are the engine's; no prompt_tokens: it did not say."""
-        ticket.work.ended(ticket, now)
-        if prompt_tokens > 0:
+        is_answered = prompt_tokens > 0
+        ticket.work.ended(ticket, now, is_answered=is_answered)
+        if is_answered:
             ticket.work.cached(ticket, cached_tokens)
             weight, tokens = self._measured
             self._measured = weight, tokens = _FORGET * weight + ticket.prompt.weight, _FORGET * tokens + prompt_tokens

@@ -129,10 +129,10 @@ class Work:
         self.pending.append(ticket)
         self._ahead += ticket.tokens
 
-    def ended(self, ticket: Ticket, now: float) -> None:
+    def ended(self, ticket: Ticket, now: float, *, is_answered: bool) -> None:
         """However it ended."""
         ticket.is_over = True
-        if ticket.asked.t_first_token:
+        if is_answered:
             self.request_s += (1 - _FORGET) * (now - ticket.sent_at - self.request_s)
 
     def cached(self, ticket: Ticket, tokens: int) -> None:

@@ -70,7 +70,7 @@ def test_a_request_that_ended_early_holds_nobody_back() -> None:
     work = at_rate()
     gone = send(work, 400, now=0.0)
     send(work, 100, now=0.0)
-    work.ended(gone, 1.0)
+    work.ended(gone, 1.0, is_answered=False)
     assert work.ahead_s(1.0, RATE) == pytest.approx(0.0)
 
 
@@ -88,7 +88,7 @@ def test_what_is_ahead_is_never_negative_and_never_more_than_all_of_it(
         first_token(ticket, min(done_at, now))
     assert 0.0 <= work.ahead_s(now, RATE) <= sum(sizes) / RATE * (1 + 1e-9)
     for ticket in tickets:
-        work.ended(ticket, now)
+        work.ended(ticket, now, is_answered=False)
     assert work.ahead_s(now, RATE) == 0.0
 
 
@@ -96,6 +96,14 @@ def test_where_all_slots_are_taken_one_has_to_become_free() -> None:
     work = at_rate()
     work.of_size(slots=4, context=1000)
     assert [work.slot_s(n) for n in (3, 4, 5)] == [0.0, pytest.approx(5.0 / 4), pytest.approx(10.0 / 4)]
+
+
+def test_how_long_a_slot_is_taken_is_learnt_from_requests_that_were_answered() -> None:
+    work = at_rate()
+    for _ in range(100):
+        work.ended(send(work, 10, now=0.0, is_told=False), 20.0, is_answered=True)
+        work.ended(send(work, 10, now=0.0), 0.1, is_answered=False)
+    assert work.request_s == pytest.approx(20.0, rel=0.01)
 
 
 def test_a_replica_of_unknown_slots_is_never_full() -> None:
