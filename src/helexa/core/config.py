@@ -141,6 +141,7 @@ class NeuronSettings(Section, frozen=True):
     isolation: Literal["process", "none"] = "process"
     memory_limit_mb: list[Annotated[int, Meta(ge=1, le=2**31 - 1)]] | None = None  # per device; left out: what it has
     allow_downloads: bool = True
+    fetch_images: bool = False  # images that a chat names by an http(s) address; public addresses only
     gguf_owners: list[Text] = msgspec.field(
         default_factory=lambda: ["ggml-org", "unsloth", "bartowski", "lmstudio-community"]
     )

@@ -16,6 +16,7 @@ from helexa.core.relay.contract import Exchange, Route
 from helexa.core.request_log import RequestLog
 from helexa.neuron.admission import Seat
 from helexa.neuron.guard import Guard
+from helexa.neuron.image_fetch import ImageFetcher
 from helexa.neuron.metrics import OTHER, Metrics
 from helexa.neuron.models import Models
 
@@ -26,8 +27,17 @@ STARTING: Final = "The node is starting and still looks at its devices; try agai
 class NodeDirector:
     """models: set by the daemon once it knows its devices; until then requests are told to try again."""
 
-    def __init__(self, guard: Guard, metrics: Metrics, request_log: RequestLog, *, stall_s: float) -> None:
+    def __init__(
+        self,
+        guard: Guard,
+        metrics: Metrics,
+        request_log: RequestLog,
+        *,
+        stall_s: float,
+        images: ImageFetcher | None = None,
+    ) -> None:
         self.models: Models | None = None
+        self._images = images
         self._guard = guard
         self._metrics = metrics
         self._request_log = request_log
@@ -40,7 +50,18 @@ class NodeDirector:
         self._guard.check_host(exchange.header("host"))
         if self.models is None:
             raise Overloaded(STARTING, retry_after_s=1)
-        seat = self.models.admit(exchange)
+        if self._images is not None and self._images.wants(exchange.body):
+            return self._with_images(exchange, self._images, self.models)
+        return self._admit(exchange, self.models)
+
+    async def _with_images(self, exchange: Exchange, images: ImageFetcher, models: Models) -> Route:
+        """Before it has a seat, which others can use meanwhile."""
+        exchange.body = await images.into(exchange.body)
+        route = self._admit(exchange, models)
+        return route if isinstance(route, Route) else await route
+
+    def _admit(self, exchange: Exchange, models: Models) -> Route | Awaitable[Route]:
+        seat = models.admit(exchange)
         if isinstance(seat, Seat):
             return _seated(exchange, seat)
         return _when_seated(exchange, seat)

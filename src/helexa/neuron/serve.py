@@ -35,6 +35,7 @@ from helexa.neuron.events import Hub
 from helexa.neuron.guard import Guard
 from helexa.neuron.harness import KNOWN, open_harness
 from helexa.neuron.harness.base import Harness
+from helexa.neuron.image_fetch import ImageFetcher
 from helexa.neuron.metrics import Metrics
 from helexa.neuron.models import Models
 from helexa.neuron.store import Store
@@ -77,7 +78,10 @@ class Neuron:
             kv=lambda: self._node.models.kv_figures() if self._node else None,
         )
         self._request_log = RequestLog(_to_stderr, as_json=logs.writes_json(), now=time.time)
-        self._director = NodeDirector(guard, self._metrics, self._request_log, stall_s=settings.timeouts.stall_s)
+        self._images = ImageFetcher() if settings.fetch_images else None
+        self._director = NodeDirector(
+            guard, self._metrics, self._request_log, stall_s=settings.timeouts.stall_s, images=self._images
+        )
         self._plane = ControlPlane(guard=guard, hub=self._hub, metrics=self._metrics, harnesses=harnesses)
         self._server = Server(
             director=self._director,
@@ -195,6 +199,8 @@ class Neuron:
         if self._node is not None:
             await self._node.models.stop(keep=not self._hurry.is_set())
         self._hub.close()
+        if self._images is not None:
+            self._images.close()
         await self._server.close()
         self._request_log.flush()
         if self._probe is not None:

@@ -275,10 +275,10 @@ def _image(block: wire.Block, where: str) -> Part:
         if source.data is None:
             raise bad(f"{where}.source.data", "Field required")
         url = f"data:{source.media_type};base64,{source.data}"
-    elif source.type == "url" and source.url is not None and source.url[:5].lower() == "data:":
-        url = source.url
     elif source.type == "url":
-        raise bad(f"{where}.source.url", "images are not fetched from elsewhere here; send them as base64")
+        url = source.url or ""
+        if not url.lower().startswith(("data:", "http://", "https://")):  # what is fetched is a node's to say
+            raise bad(f"{where}.source.url", "must be a data:, http: or https: URL; or send the image as base64")
     else:
         raise bad(f"{where}.source.type", f"{source.type!r} is not supported here; send images as base64")
     return {"type": "image_url", "image_url": {"url": url}}

@@ -210,8 +210,8 @@ class MessagesBuilder:
         if not isinstance(url, str):
             what = "must be a text" if url is not None else "is required: a data: URL; files are not kept here"
             raise bad(f"{where}.image_url", what)
-        if url[:5].lower() != "data:":
-            raise bad(f"{where}.image_url", "must be a data: URL; images are not fetched from elsewhere here")
+        if not url.lower().startswith(("data:", "http://", "https://")):  # what is fetched is a node's to say
+            raise bad(f"{where}.image_url", "must be a data: URL, or an http(s) one where nodes may fetch images")
         if part.detail not in (None, "auto"):
             self._drop("detail")  # what an engine does to an image is its own
         return {"type": "image_url", "image_url": {"url": url}}

@@ -320,7 +320,7 @@ def check_images(messages: Sequence[Message]) -> None:
         for j, part in enumerate(message.content if isinstance(message.content, list) else ()):
             if part.type == "image_url" and (part.image_url is None or part.image_url.url[:5].lower() != "data:"):
                 where = f"messages[{i}].content[{j}].image_url.url"
-                raise _bad(where, "must be a data: URL; a node fetches nothing from elsewhere")
+                raise _bad(where, "must be a data: URL: this node fetches no images (`fetch_images` in neuron.toml)")
 
 
 def called_function(chat: ChatRequest) -> str | None:

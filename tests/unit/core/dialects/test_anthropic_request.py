@@ -402,7 +402,7 @@ def test_unknown_fields_are_ignored_everywhere() -> None:
         ({"messages": [user({"type": "image"})]}, "messages.0.content.0.source"),
         ({"messages": [user({"type": "image", "source": {"type": "base64", "data": "x"}})]},
          "messages.0.content.0.source.media_type"),
-        ({"messages": [user({"type": "image", "source": {"type": "url", "url": "https://x/y.png"}})]},
+        ({"messages": [user({"type": "image", "source": {"type": "url", "url": "file:///y.png"}})]},
          "messages.0.content.0.source.url"),
         ({"messages": [user({"type": "image", "source": {"type": "file", "file_id": "f"}})]},
          "messages.0.content.0.source.type"),
@@ -458,3 +458,9 @@ def test_the_three_lists_do_not_overlap_and_every_field_stands_on_one() -> None:
     fields = set(wire.Request.__struct_fields__)
     assert fields | {"cache_control"} == frozenset().union(*lists)
     assert not wire.BLOCKS & wire.DROPPED_BLOCKS
+
+
+def test_an_image_elsewhere_is_a_node_s_to_fetch_or_refuse() -> None:
+    block = {"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}
+    (part,) = chat(user(block))["messages"][0]["content"]
+    assert part == {"type": "image_url", "image_url": {"url": "https://x/y.png"}}

@@ -99,7 +99,7 @@ def test_parts_are_text_images_and_files_of_text() -> None:
 @pytest.mark.parametrize(
     ("part", "param"),
     [
-        ({"type": "input_image", "image_url": "https://x/y.png"}, "image_url"),
+        ({"type": "input_image", "image_url": "file:///y.png"}, "image_url"),
         ({"type": "input_image", "file_id": "file_1"}, "image_url"),
         ({"type": "input_image", "image_url": {"url": "data:,"}}, "image_url"),
         ({"type": "input_file", "file_id": "file_1"}, "file_data"),
