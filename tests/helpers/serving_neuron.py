@@ -43,9 +43,19 @@ class ServingNeuron(FakeNeuron):
         self.go_on = asyncio.Event()
         self.left = asyncio.Event()
         self.arrived = asyncio.Event()
+        self.tokens: int | None = None  # what it counts of any prompt; None: it cannot
+        self.counted: list[Seen] = []
 
     def more_routes(self) -> list[Route]:
-        return [Route(path, self._serve, methods=["POST"]) for path in PATHS]
+        counting = Route("/v1/tokens/count", self._count, methods=["POST"])
+        return [counting, *(Route(path, self._serve, methods=["POST"]) for path in PATHS)]
+
+    async def _count(self, request: Request) -> Response:
+        body = msgspec.json.decode(await request.body())
+        self.counted.append(Seen(request.url.path, dict(request.headers), body))
+        if self.tokens is None:
+            return Response(b"{}", 501, media_type="application/json")
+        return Response(msgspec.json.encode({"input_tokens": self.tokens}), media_type="application/json")
 
     async def _serve(self, request: Request) -> Response:
         self.seen.append(Seen(request.url.path, dict(request.headers), msgspec.json.decode(await request.body())))

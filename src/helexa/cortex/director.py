@@ -17,6 +17,7 @@ from helexa.core import logs
 from helexa.core.dialects import node_errors
 from helexa.core.errors import (
     BadRequest,
+    ContextLengthExceeded,
     HelexaError,
     ModelLoading,
     ModelNotServable,
@@ -29,7 +30,7 @@ from helexa.core.errors import (
 from helexa.core.lifecycle import ModelStatus
 from helexa.core.relay.contract import Exchange, Reply, Route
 from helexa.core.request_log import RequestLog
-from helexa.cortex import counting, prefixes, refusals
+from helexa.cortex import counting, prefixes, refusals, too_long
 from helexa.cortex.admission import Admission
 from helexa.cortex.fallbacks import Fallbacks
 from helexa.cortex.fleet import Fleet, Replica
@@ -46,6 +47,7 @@ from helexa.cortex.translations import TRANSLATIONS
 
 log = logs.get("cortex.director")
 
+_CHAT: Final = "/v1/chat/completions"
 _ENSURE_ATTEMPTS: Final = 3  # a load that is evicted before its waiter gets to it, three times over: give up
 
 
@@ -356,9 +358,11 @@ class CortexDirector:
     def _falls_back(self, exchange: Exchange, pursuit: Pursuit, error: HelexaError) -> bool:
         """Turns the request to another model that may serve it, if there is one; `error` is why the last could not.
         Once its time is over, only what is loaded is left."""
-        if not pursuit.others or isinstance(error, BadRequest | ShuttingDown):
+        is_too_long = isinstance(error, ContextLengthExceeded)
+        if not pursuit.others or isinstance(error, ShuttingDown) or (isinstance(error, BadRequest) and not is_too_long):
             return False
-        self._fallbacks.failed(pursuit.model.id, error)
+        if not is_too_long:
+            self._fallbacks.failed(pursuit.model.id, error)
         pursuit.reasons += (error.message,)
         left_s = deadline_of(exchange, self._wait_s) - self._clock()
         target = self._fallbacks.choose([o for o in pursuit.others if left_s > 0 or o.replicas], left_s)
@@ -395,6 +399,9 @@ class CortexDirector:
 
     async def _wait_for_it(self, exchange: Exchange, pursuit: Pursuit) -> Route | Reply:
         model_id = pursuit.model.id
+        if not pursuit.model.replicas and exchange.endpoint.upstream_path == _CHAT:
+            body = exchange.body if pursuit.translated is None else pursuit.translated.body("")
+            await too_long.check(self._fleet, model_id, body, self._rng)
         began = self._clock()
         if not self._waiting[model_id] and not pursuit.model.replicas:
             self._metrics.cold_start(model_id)

@@ -247,6 +247,34 @@ def test_what_is_over_a_models_limits_waits_its_turn_or_is_told_to_come_again(tm
     run(scenario())
 
 
+@pytest.mark.parametrize(("tokens", "status"), [(2049, 400), (2048, 200), (None, 200)])
+def test_a_prompt_that_cannot_fit_is_refused_before_a_load_and_only_if_a_node_has_counted_it(
+    tmp_path: Path, tokens: int | None, status: int
+) -> None:
+    node = ServingNeuron()
+    node.tokens = tokens
+
+    async def scenario() -> None:
+        models = '[[models]]\nid = "m"\ncontext = 2000\n'
+        async with fleet(tmp_path, node, models=models, status="unloaded") as gateway:
+            messages = [{"role": "user", "content": "x" * 5000}]
+            answer = await gateway.post("/v1/chat/completions", {"model": "m", "messages": messages})
+            assert answer.status == status
+            assert node.counted[0].body["profile"]["context"] == 2000
+            if status == 400:
+                error = error_of(answer.body)
+                assert (error["code"], error["n_prompt_tokens"], error["n_ctx"]) == (
+                    "context_length_exceeded", 2049, 2048,
+                )  # fmt: skip
+                claude = await gateway.post("/v1/messages", {"model": "m", "max_tokens": 9, "messages": messages})
+                assert claude.json()["error"]["message"] == "prompt is too long: 2049 tokens > 2048 maximum"
+                assert node.loads == []
+            assert (await gateway.chat("m")).status == 200  # a short one is not even counted
+            assert len(node.counted) == (2 if status == 400 else 1)
+
+    run(scenario())
+
+
 def test_a_failed_load_is_told_with_the_nodes_reason(tmp_path: Path) -> None:
     node = ServingNeuron()
     node.load_failure = "the file is cut short at byte 4711"

@@ -179,6 +179,9 @@ def build_params(spec: dict[str, Any]) -> Any:
 
     p.n_parallel = o["slots"]
     p.n_ctx = o["n_ctx"]
+    p.ctx_shift = (
+        False  # what does not fit is refused, and what grows to the end stops there: nothing is cut in silence
+    )
     p.kv_unified = o["kv_unified"]
     p.n_batch = o["batch"]
     p.n_ubatch = o["ubatch"]
