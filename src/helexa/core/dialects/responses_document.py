@@ -44,7 +44,7 @@ class Document:
         error: dict[str, Any] | None = None,
     ) -> bytes:
         """output: items as JSON.   incomplete: the reason."""
-        state = {
+        state: dict[str, Any] = {
             "id": self.id,
             "object": "response",
             "created_at": self.created_at,
@@ -53,8 +53,9 @@ class Document:
             "completed_at": int(self.clock()) if status == "completed" else None,
             "error": error,
             "incomplete_details": {"reason": incomplete} if incomplete is not None else None,
-            "usage": _usage(usage) if usage is not None else None,
         }
+        if usage is not None:  # OpenAI's description has no null here
+            state["usage"] = _usage(usage)
         return b'%b,%b,"output":[%b]}' % (_encode(state)[:-1], self.echo, b",".join(output))
 
 

@@ -41,8 +41,15 @@ def _listed(item: dict[str, Any], number: str) -> dict[str, Any]:
         made["id"] = f"{_PREFIXES.get(kind, 'item')}_{number}"
     if kind != "item_reference" and kind != "reasoning":
         made["status"] = item.get("status") or "completed"
-    if kind == "message" and isinstance(made.get("content"), str):
-        form = "output_text" if made.get("role") == "assistant" else "input_text"
-        part: dict[str, Any] = {"type": form, "text": made["content"]}
-        made["content"] = [part | ({"annotations": []} if form == "output_text" else {})]
+    if kind == "message":
+        made["content"] = _parts(made.get("content"), made.get("role"))
     return made
+
+
+def _parts(content: Any, role: Any) -> Any:
+    if isinstance(content, str):
+        content = [{"type": "output_text" if role == "assistant" else "input_text", "text": content}]
+    return [
+        {"annotations": [], "logprobs": [], **part} if part.get("type") == "output_text" else part
+        for part in content or ()
+    ]

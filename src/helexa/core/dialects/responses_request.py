@@ -256,9 +256,10 @@ class _Translator:
             "top_logprobs": asked.top_logprobs or 0,
             "top_p": asked.top_p,
             "truncation": "disabled",
-            "user": asked.user,
             "background": False,
         }
+        if asked.user is not None:  # OpenAI's description has no null here
+            members["user"] = asked.user
         return _encode(members)[1:-1]
 
 

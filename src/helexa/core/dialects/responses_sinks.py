@@ -228,7 +228,8 @@ class EventWriter(ResponseBuilder):
         item = self._item
         kind = item["type"]
         if kind == "function_call":
-            self._of_item("response.function_call_arguments.done", arguments=item["arguments"])
+            told = {"name": item["name"], "arguments": item["arguments"]}
+            self._of_item("response.function_call_arguments.done", **told)
         elif kind == "custom_tool_call":
             self._of_item("response.custom_tool_call_input.done", input=item["input"])
         elif kind == "reasoning" and item["summary"]:
@@ -258,13 +259,13 @@ class EventWriter(ResponseBuilder):
     def _added(self) -> None:
         self._event("response.output_item.added", output_index=self._index, item=self._item)
 
-    def _of_item(self, name: str, **members: Any) -> None:
-        self._event(name, item_id=self._item["id"], output_index=self._index, **members)
+    def _of_item(self, kind: str, /, **members: Any) -> None:
+        self._event(kind, item_id=self._item["id"], output_index=self._index, **members)
 
-    def _event(self, name: str, **members: Any) -> None:
-        data = _encode({"type": name, **members, "sequence_number": self._number})
+    def _event(self, kind: str, /, **members: Any) -> None:
+        data = _encode({"type": kind, **members, "sequence_number": self._number})
         self._number += 1
-        self._out.append(b"event: " + name.encode() + b"\ndata: " + data + b"\n\n")
+        self._out.append(b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n")
 
     def _deltas(self, name: str, **members: int) -> None:
         """The deltas of what was opened are such events."""
