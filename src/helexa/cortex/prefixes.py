@@ -22,6 +22,10 @@ from helexa.core.bodies import NOT_JSON
 STEP: Final = 4096  # bytes between marks inside a long message: about a thousand tokens
 APART: Final = 256
 SESSIONS: Final = 10_000  # remembered of a model
+# What is larger is not looked into (images, mostly; so many messages are nonsense): its session may know it.
+_MOST_BYTES: Final = 2 << 20
+_MOST_PARTS: Final = 10_000
+_LARGE_WEIGHT: Final = 32_768.0
 _IMAGE: Final = b";base64,"
 _IMAGE_WEIGHT: Final = 4096
 
@@ -57,13 +61,17 @@ def read(body: bytes, model: str, session: str | None = None) -> Prompt | None:
 
     None for a body without a prompt, or one that is not what its dialect says: that is the node's to refuse.
     """
+    if len(body) > _MOST_BYTES:
+        return Prompt((), (), _LARGE_WEIGHT, session)
     try:
         chat = _decode(body)
-        parts = chat.messages or _parts(chat.input) or _parts(chat.prompt)
+        parts = chat.messages or _items(chat.input) or _text(chat.prompt)
     except NOT_JSON:
         return None
     if not parts:
         return None
+    if len(parts) > _MOST_PARTS:
+        return Prompt((), (), _LARGE_WEIGHT, session)
     hashed = xxhash.xxh3_64(model.encode("utf-8", "surrogatepass"))
     update, digest = hashed.update, hashed.intdigest
     weight, mark = 0.0, 0.0
@@ -104,12 +112,15 @@ def read(body: bytes, model: str, session: str | None = None) -> Prompt | None:
     return Prompt(hashes, ends, weight, session or chat.prompt_cache_key)
 
 
-def _parts(raw: msgspec.Raw) -> Sequence[bytes | msgspec.Raw]:
-    """Of what may be a string or a list. The quote that ends a string is no part of a longer one's beginning."""
+def _items(raw: msgspec.Raw) -> Sequence[bytes | msgspec.Raw]:
+    """Of what may be a string or a list of items."""
+    return _decode_list(raw) if bytes(raw).startswith(b"[") else _text(raw)
+
+
+def _text(raw: msgspec.Raw) -> Sequence[bytes]:
+    """A string, or token ids. The quote or bracket that ends it is no part of a longer one's beginning."""
     text = bytes(raw)
-    if text.startswith(b"["):
-        return _decode_list(text)
-    return [text[:-1]] if text.startswith(b'"') else []
+    return [text[:-1]] if text[:1] in (b'"', b"[") else []
 
 
 H = TypeVar("H", bound=Hashable)

@@ -134,6 +134,7 @@ class Work:
         ticket.is_over = True
         if is_answered:
             self.request_s += (1 - _FORGET) * (now - ticket.sent_at - self.request_s)
+        self.ahead_s(now, self.rate or PREFILL)  # lets go of it, and of the request behind it
 
     def cached(self, ticket: Ticket, tokens: int) -> None:
         """What the engine says that it had of the ticket's prompt."""

@@ -96,6 +96,18 @@ def test_a_text_that_grows_keeps_its_four_kilobytes(key: str) -> None:
     assert after.hashes[:2] == before.hashes[:2]
 
 
+def test_token_ids_are_a_text_that_grows_and_not_thousands_of_messages() -> None:
+    before, after = (prompt(json.dumps({"prompt": [1000] * count}).encode()) for count in (1400, 3000))
+    assert before.ends[0] == STEP
+    assert after.hashes[:2] == before.hashes[:2]
+
+
+def test_a_body_that_is_too_large_to_look_into_is_known_by_its_session_alone() -> None:
+    found = read(chat([said(3 << 20)]), "m", "talk")
+    assert found is not None
+    assert (found.hashes, found.session) == ((), "talk")
+
+
 def test_the_items_of_responses_are_messages_too() -> None:
     items = [said(600), said(700, "b")]
     assert prompt(json.dumps({"input": items}).encode()) == prompt(chat(items))

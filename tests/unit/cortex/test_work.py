@@ -137,6 +137,15 @@ def test_an_engine_that_keeps_nothing_is_trusted_less_and_never_not_at_all() -> 
     assert work.trust == pytest.approx(1.0, abs=0.01)
 
 
+def test_a_request_that_ended_is_let_go() -> None:
+    work = at_rate()
+    for _ in range(5):
+        ticket = send(work, 10, now=0.0)
+        first_token(ticket, 0.1)
+        work.ended(ticket, 0.2, is_answered=True)
+    assert not work.pending
+
+
 def test_another_process_begins_without_work_and_is_as_fast() -> None:
     work = at_rate()
     send(work, 400, now=0.0)
