@@ -59,9 +59,19 @@ class Message(msgspec.Struct):
 
 class Function(msgspec.Struct):
     name: str = ""
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    # UNSET tells an absent key from a null, which engines refuse.
+    description: str | UnsetType | None = UNSET
+    parameters: dict[str, Any] | UnsetType | None = UNSET
+    strict: bool | UnsetType | None = UNSET
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """Of the arguments, where it says anything."""
+        return self.parameters if isinstance(self.parameters, dict) else None
+
+    @property
+    def has_nulls(self) -> bool:
+        return self.description is None or self.parameters is None or self.strict is None
 
 
 class Tool(msgspec.Struct):
@@ -421,7 +431,7 @@ def _check_tools(tools: Sequence[Tool]) -> None:
             raise _bad(f"tools[{i}].function.name", "is required")
         if not _NAME.fullmatch(tool.function.name):
             raise _bad(f"tools[{i}].function.name", "can have letters, digits and _ . : / - only, at most 128")
-        parameters = tool.function.parameters
+        parameters = tool.function.schema
         if parameters and parameters.get("type", "object") != "object":
             raise _bad(f"tools[{i}].function.parameters.type", f"must be object, not {parameters['type']!r}")
 

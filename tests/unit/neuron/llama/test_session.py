@@ -239,6 +239,16 @@ def test_calls_and_results_reach_a_template_without_tools_as_text() -> None:
     ]
 
 
+def test_keys_of_a_tool_that_are_null_are_left_out_and_its_schema_stays_as_written() -> None:
+    """As `llm` sends a function without a docstring; the engine wants a text there."""
+    schema = b'{"type":"object","properties":{"n":{"type":"number","maximum":1.50,"default":null}}}'
+    function = b'{"name":"add","description":null,"strict": null ,"parameters":' + schema + b"}"
+    body = b'{"stream":true,"messages":[{"role":"user","content":"hi"}],"tools":[{"type":"function","function":%b}]}'
+    prepared = TOOLED.prepare(exchange(body % function))
+    assert prepared.body is not None
+    assert b'"tools":[{"type":"function","function":{"name":"add","parameters":' + schema + b"}}]" in prepared.body
+
+
 SYSTEM_APART = [
     {"role": "system", "content": "a"},
     {"role": "user", "content": "hi"},

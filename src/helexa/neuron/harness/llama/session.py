@@ -194,7 +194,7 @@ class LlamaSession:
             # 4; any JSON object (type json_object) leaves room for a call as it is
             return {}, [WrittenCalls([f.name for f in functions], must=False)]
         named = fields.called_function(asked)
-        calls = [(f.name, f.parameters) for f in functions if named is None or f.name == named]
+        calls = [(f.name, f.schema) for f in functions if named is None or f.name == named]
         try:
             schema = call_schema(calls, None if asked.forced_tool else asked.wanted_schema)  # 2, 3
         except RecursionError:
@@ -209,22 +209,23 @@ class LlamaSession:
         """What must change in the body so that the template shows all of it; in most requests nothing.
 
         1. System messages as one where the template takes only one. 2. Tools, calls and results as text where it knows
-        no tools.
+        no tools. 3. A tool's key that is null (`llm` sends them) left out: the engine refuses it.
         """
+        values: dict[str, bytes] = {}
         merges = self._merges_system and system_messages.stand_apart(asked.messages or ())
         as_text = "tools" not in self._abilities and needs_text(asked)
-        if not merges and not as_text:
-            return {}
-        raw = next(body[start:end] for key, start, end in reversed(list(members(body))) if key == "messages")
-        if merges:  # 1
-            raw = system_messages.merged(raw)
-        if not as_text:
-            return {"messages": raw}
-        values = {"messages": messages_with_tools(raw, asked)}  # 2
-        if asked.tools is not None:
-            values["tools"] = _NULL
-        if asked.tool_choice is not None:
-            values["tool_choice"] = _NULL
+        if merges or as_text:
+            raw = _value(body, "messages")
+            if merges:  # 1
+                raw = system_messages.merged(raw)
+            values["messages"] = messages_with_tools(raw, asked) if as_text else raw  # 2
+        if as_text:
+            if asked.tools is not None:
+                values["tools"] = _NULL
+            if asked.tool_choice is not None:
+                values["tool_choice"] = _NULL
+        elif any(tool.function is not None and tool.function.has_nulls for tool in asked.tools or ()):  # 3
+            values["tools"] = _without_nulls(_value(body, "tools"))
         return values
 
     # completions
@@ -351,3 +352,17 @@ def _spliced(body: bytes, asked: fields.Generation, values: dict[str, bytes]) ->
     if values.keys() <= _KNOWN_ABSENT and all(getattr(asked, key) is msgspec.UNSET for key in values):
         return prepend(body, values)
     return splice(body, values)
+
+
+def _value(body: bytes, wanted: str) -> bytes:
+    """The raw value of a key that is there; of several the last, as decoders have it."""
+    return next(body[start:end] for key, start, end in reversed(list(members(body))) if key == wanted)
+
+
+def _without_nulls(tools: bytes) -> bytes:
+    """The functions without their keys that are null; what is in the others stays as it was written."""
+    made: list[dict[str, Any]] = msgspec.json.decode(tools, type=list[dict[str, msgspec.Raw]])
+    for tool in made:
+        function = msgspec.json.decode(tool["function"], type=dict[str, msgspec.Raw])
+        tool["function"] = {key: value for key, value in function.items() if bytes(value) != _NULL}
+    return _encode(made)

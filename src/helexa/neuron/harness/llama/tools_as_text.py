@@ -63,7 +63,7 @@ def _description(tools: Sequence[Tool], chat: ChatRequest) -> str:
             {
                 "name": f.name,
                 **({"description": f.description} if f.description else {}),
-                "parameters": f.parameters or {},
+                "parameters": f.schema or {},
             }
         ).decode()
         for tool in tools
