@@ -1,6 +1,7 @@
 # make run    a gateway and a node on this machine, with a small model, answering
 # make test   every test
 # make check  formatting, lint, types, the direction of imports, the documentation
+# make clients  what some tests want and `make test` does not bring, for its size: aider (700 MB)
 # make bench  the programs under bench/, which print tables
 # make clean  the environment and every cache away
 #
@@ -17,17 +18,21 @@ INSTALLED := .venv/.installed
 RUN_MODEL := .venv/.model-for-run
 TEST_MODEL := .venv/.model-for-tests
 CLIENTS := .venv/clients
-TEST_CLIENTS := $(CLIENTS)/.installed
+NPM_CLIENTS := $(CLIENTS)/.installed
+PYTHON_CLIENTS := $(CLIENTS)/python/.installed
+AIDER := $(CLIENTS)/aider/.installed
 
-.PHONY: run test check bench clean
+.PHONY: run test clients check bench clean
 .SILENT:
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED) $(RUN_MODEL)
 	exec $(BIN)/cortex up $(MODEL)
 
-test: $(INSTALLED) $(RUN_MODEL) $(TEST_MODEL) $(TEST_CLIENTS)
+test: $(INSTALLED) $(RUN_MODEL) $(TEST_MODEL) $(NPM_CLIENTS) $(PYTHON_CLIENTS)
 	$(BIN)/pytest -q $(TESTS)
+
+clients: $(NPM_CLIENTS) $(PYTHON_CLIENTS) $(AIDER)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check --quiet . || { echo 'make check: `.venv/bin/ruff format .` puts this right'; exit 1; }
@@ -72,8 +77,20 @@ $(TEST_MODEL): constraints.txt | $(INSTALLED)
 
 # Coding agents and libraries that the tests run against a gateway. Where there is no npm their tests are skipped, and
 # the next run looks again. No package's own script is run: what they would fetch comes as a package.
-$(TEST_CLIENTS): tests/clients/package.json | $(INSTALLED)
+$(NPM_CLIENTS): tests/clients/package.json | $(INSTALLED)
 	command -v npm > /dev/null || { echo 'No npm here: the tests with other programs are skipped' >&2; exit 0; }; \
 	echo 'Installing Claude Code, Codex, opencode and the AI SDK for the tests (1.2 GB, once) ...' >&2; \
 	mkdir -p $(CLIENTS) && cp tests/clients/package.json $(CLIENTS) && \
 	npm install --prefix $(CLIENTS) --no-package-lock --ignore-scripts --no-audit --no-fund --no-progress --loglevel error && touch $@
+
+$(PYTHON_CLIENTS): tests/clients/requirements.txt | $(INSTALLED)
+	echo 'Installing LangChain, Pydantic AI and llm for the tests (200 MB, once) ...' >&2
+	$(BIN)/python -m venv $(CLIENTS)/python
+	$(CLIENTS)/python/bin/pip --disable-pip-version-check -qq install --requirement tests/clients/requirements.txt
+	touch $@
+
+$(AIDER): tests/clients/aider.txt | $(INSTALLED)
+	echo 'Installing aider for the tests (700 MB, once) ...' >&2
+	$(BIN)/python -m venv $(CLIENTS)/aider
+	$(CLIENTS)/aider/bin/pip --disable-pip-version-check -qq install --requirement tests/clients/aider.txt
+	touch $@

@@ -85,11 +85,21 @@ def call(name: str, **arguments: Any) -> str:
 
 
 def write(
-    path: Path, turns: Sequence[Turn], *, aside: str = "A title", context: int = 65_536, template: str = TEMPLATE
+    path: Path,
+    turns: Sequence[Turn],
+    *,
+    aside: str | None = "A title",
+    before: int = 0,
+    context: int = 65_536,
+    template: str = TEMPLATE,
 ) -> Path:
-    """aside: what it says where it is given no tools (clients ask for titles and the like)."""
+    """aside:  what it says where it is given no tools (agents ask for titles and the like); None: it plays there too
+    before: answers with which the client begins every conversation, as examples"""
     script = {f"turn{i}": turn.says for i, turn in enumerate(turns)}
-    script |= {ASIDE: aside, LOST: "The script does not go on from here: this is not what the last message should say."}
+    script |= {
+        ASIDE: aside or "",
+        LOST: "The script does not go on from here: this is not what the last message should say.",
+    }
     vocabulary = _smollm2()
     tokens, kinds = list(vocabulary.tokens), list(vocabulary.kinds)
     known = {text: i for i, text in enumerate(tokens)}
@@ -134,7 +144,7 @@ def write(
     writer.add_bos_token_id(vocabulary.end - 1)
     writer.add_eos_token_id(vocabulary.end)
     writer.add_add_bos_token(False)
-    writer.add_chat_template(template.replace("MARKER", _choice(turns)))
+    writer.add_chat_template(template.replace("MARKER", _choice(turns, before, plays_without_tools=aside is None)))
     writer.add_tensor("token_embd.weight", directions.astype(np.float16))
     writer.add_tensor("output.weight", output.astype(np.float16))
     writer.add_tensor("output_norm.weight", np.ones(WIDTH, np.float32))
@@ -149,13 +159,13 @@ def write(
     return path
 
 
-def _choice(turns: Sequence[Turn]) -> str:
+def _choice(turns: Sequence[Turn], before: int, *, plays_without_tools: bool) -> str:
     """The template's expression for the marker: the number of answers so far chooses the turn."""
     chosen = f"'{_marker(LOST)}'"
     for i, turn in reversed(list(enumerate(turns))):
-        asked = f"answers == {i}" + (f" and {turn.after!r} in messages[-1].content" if turn.after else "")
+        asked = f"answers == {i + before}" + (f" and {turn.after!r} in messages[-1].content" if turn.after else "")
         chosen = f"'{_marker(f'turn{i}')}' if {asked} else ({chosen})"
-    return f"('{_marker(ASIDE)}' if not tools else ({chosen}))"
+    return f"({chosen})" if plays_without_tools else f"('{_marker(ASIDE)}' if not tools else ({chosen}))"
 
 
 def _marker(name: str) -> str:

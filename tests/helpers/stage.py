@@ -12,10 +12,18 @@ from typing import Any
 from tests.helpers import playing_gguf
 from tests.helpers.gateway import SETTINGS, cortex_process
 from tests.helpers.neuron_daemon import Daemon, neuron
-from tests.helpers.playing_gguf import Turn
+from tests.helpers.playing_gguf import Turn, call
 
 CONTEXT = 24_576  # Claude Code's first request has some 12,400 tokens of SmolLM2's, and asks for 32,000 more
 LISTED_S = 10.0
+
+# For clients that are given tools by the test: read(path) and write(path, content).
+GREETING = (
+    Turn("<think>\nIs there one?\n</think>\n\nI look first.\n" + call("read", path="greeting.txt")),
+    Turn(call("write", path="greeting.txt", content="Grüße 😀"), after="o such file"),
+    Turn(call("read", path="greeting.txt"), after="written"),
+    Turn("It says: Grüße 😀", after="Grüße 😀"),
+)
 
 
 @dataclass(frozen=True)
@@ -29,10 +37,16 @@ class Stage:
         return self.gateway.url
 
     def play(
-        self, name: str, turns: Sequence[Turn], *, context: int = CONTEXT, template: str = playing_gguf.TEMPLATE
+        self,
+        name: str,
+        turns: Sequence[Turn],
+        *,
+        context: int = CONTEXT,
+        aside: str | None = "A title",
+        before: int = 0,
     ) -> str:
-        """Load a model that plays these turns; the name by which the gateway serves it."""
-        path = playing_gguf.write(self.folder / f"{name}.gguf", turns, template=template)
+        """Load a model that plays these turns (playing_gguf.write); the name by which the gateway serves it."""
+        path = playing_gguf.write(self.folder / f"{name}.gguf", turns, aside=aside, before=before)
         loaded = self.node.http.post(
             "/models/load?wait=true",
             json={"model_id": name, "source": str(path), "context": context, "slots": 2, "threads": 2},

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.helpers.clients import CLIENTS, run_client
-from tests.helpers.playing_gguf import Turn, call
-from tests.helpers.stage import Stage
+from tests.helpers.stage import GREETING, Stage
 
 SCRIPT = Path(__file__).parents[2] / "clients" / "ai_sdk.mjs"
 
@@ -20,15 +19,7 @@ def test_tools_are_called_and_their_results_and_errors_go_back(site: Stage, tmp_
     node = shutil.which("node")
     if node is None or not (CLIENTS / "node_modules" / "ai").is_dir():
         pytest.skip(f"node and the AI SDK below {CLIENTS} are wanted: `make test` installs it where there is npm")
-    model = site.play(
-        "ai-sdk",
-        [
-            Turn("<think>\nIs there one?\n</think>\n\nI look first.\n" + call("read", path="greeting.txt")),
-            Turn(call("write", path="greeting.txt", content="Grüße 😀"), after="no such file"),
-            Turn(call("read", path="greeting.txt"), after="written"),
-            Turn("It says: Grüße 😀", after="Grüße 😀"),
-        ],
-    )
+    model = site.play("ai-sdk", GREETING)
     env = {"FOLDER": str(tmp_path), "GATEWAY": site.url, "MODEL": model}
     ran = run_client([node, "--input-type=module"], tmp_path, env, stdin=SCRIPT.read_text(), folder=CLIENTS)
     assert ran.code == 0, ran
