@@ -42,6 +42,7 @@ class FakeNeuron:
         self.hanging: set[str] = set()
         self.load_errors: dict[str, tuple[int, dict[str, Any]]] = {}
         self.load_failure: str | None = None
+        self.isolation = "process"
         self.really_needs_mb: dict[str, int] = {}
         self.load_may_end = asyncio.Event()
         self.load_may_end.set()
@@ -160,7 +161,8 @@ class FakeNeuron:
 
     async def _discovery(self, request: Request) -> Response:
         device = {"index": 0, "name": "CPU", "kind": "cpu", "vram_total_mb": self.memory_mb}
-        return _json({"hostname": "h", "os": "Linux", "kernel": "6", "devices": [device], "harnesses": ["llama"]})
+        told = {"hostname": "h", "os": "Linux", "kernel": "6", "devices": [device], "harnesses": ["llama"]}
+        return _json({**told, "isolation": self.isolation})
 
     async def _version(self, request: Request) -> Response:
         return _json({"version": "0.1.0", "commit": None, "python": "3.11", "engines": {}})

@@ -30,6 +30,7 @@ class Discovery(msgspec.Struct, omit_defaults=True, kw_only=True):
     driver_version: str | None = None
     devices: list[Device] = []
     harnesses: list[str] = []
+    isolation: str | None = None  # "process" | "none": then the node answers nothing while an engine loads in it
     error: str | None = None  # a driver/library mismatch, in one sentence
 
     # Written even when empty: the contract promises the lists.

@@ -34,6 +34,8 @@ log = logs.get("cortex.fleet")
 NodeState = Literal["up", "suspect", "down", "draining"]
 
 MISSES_UNTIL_DOWN: Final = 2
+LOAD_SILENCE_S: Final = 120.0  # how long a load may keep a node silent that has it in its own process
+_AT_LOAD: Final = frozenset({"loading", "recovering"})
 SLOTS: Final = 4  # of a model whose node does not tell
 PACE_OVER: Final = 16  # requests: a few rounds of its slots, so that a change of load shows soon
 # What comes before loaded; a drain that ran out, back from unloading, is no new load.
@@ -416,9 +418,13 @@ class Fleet:
         node.discovery, node.version = discovery, version
         self._notify([None])
 
-    def saw_miss(self, node: Node, reason: str) -> None:
-        """A poll without a whole, sensible answer. Its models stay listed."""
-        node.misses += 1
+    def saw_miss(self, node: Node, reason: str, *, is_silence: bool = False) -> None:
+        """A poll without a whole, sensible answer. Its models stay listed. Silence of a node that loads in its own
+        process is what such a load is like: it is suspect for that, and not down."""
+        if is_silence and node.misses < MISSES_UNTIL_DOWN and _loads_inside(node):
+            node.misses = MISSES_UNTIL_DOWN - 1
+        else:
+            node.misses += 1
         node.last_error = reason
         self._settle(node, set())
 
@@ -629,6 +635,13 @@ class Fleet:
         return (
             "; ".join(f"{n.name} is {n.state} ({why_not_up(n)})" for n in self.nodes.values() if n.state != "up") + "."
         )
+
+
+def _loads_inside(node: Node) -> bool:
+    if node.discovery is None or node.discovery.isolation != "none":
+        return False
+    recent = time.monotonic() - node.polled_at < LOAD_SILENCE_S
+    return recent and any(info.status in _AT_LOAD for info in node.models.values())
 
 
 def why_not_up(node: Node) -> str | None:

@@ -36,7 +36,11 @@ NOT_SENSE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
 class MissError(Exception):
-    """An answer that is none, with the reason."""
+    """An answer that is none, with the reason. is_silence: nothing came at all, and nothing was refused."""
+
+    def __init__(self, reason: str, *, is_silence: bool = False) -> None:
+        super().__init__(reason)
+        self.is_silence = is_silence
 
 
 class _EventHead(msgspec.Struct):
@@ -135,7 +139,7 @@ class Poller:
         try:
             models, health = await ask(node, self._deadline_s)
         except MissError as miss:
-            self._fleet.saw_miss(node, str(miss))
+            self._fleet.saw_miss(node, str(miss), is_silence=miss.is_silence)
             return
         if health.uptime_secs < watch.uptime_s:
             watch.is_known = False
@@ -237,7 +241,7 @@ async def _get(node: Node, path: str, kind: type[T], within_s: float) -> T:
     try:
         answer = await node.upstream.fetch("GET", path, timeout_s=within_s)
     except TimeoutError:
-        raise MissError(f"GET {path}: no answer within {within_s:g} s") from None
+        raise MissError(f"GET {path}: no answer within {within_s:g} s", is_silence=True) from None
     except (OSError, ValueError) as err:
         reason = getattr(err, "strerror", None) or str(err) or type(err).__name__
         raise MissError(f"GET {path}: {reason}") from err

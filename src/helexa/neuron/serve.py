@@ -139,7 +139,7 @@ class Neuron:
             gguf_owners=settings.gguf_owners,
         )
         models = Models(settings, harnesses=self._harnesses, probe=probe, store=store, publish=self._publish)
-        discovery = msgspec.structs.replace(probe.discovery(), harnesses=usable)
+        discovery = msgspec.structs.replace(probe.discovery(), harnesses=usable, isolation=settings.isolation)
         self._node = Node(models, store, discovery)
         await models.start()
         self._plane.node, self._director.models = self._node, models  # a listing before would have been empty

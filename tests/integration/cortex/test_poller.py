@@ -155,6 +155,28 @@ def test_a_node_that_accepts_and_never_answers_is_out_and_delays_nobody() -> Non
     run(main())
 
 
+def test_a_node_that_loads_in_its_own_process_may_be_silent_for_as_long_as_it_loads() -> None:
+    async def main() -> None:
+        inside, outside = FakeNeuron(), FakeNeuron()
+        inside.isolation = "none"
+        async with polling(0.4, inside=inside, outside=outside) as view:
+            await until(view, lambda: all(node.discovery is not None for node in view.nodes.values()))
+            for fake in (inside, outside):
+                fake.put("m", "loading")
+            await until(view, lambda: all("m" in node.models for node in view.nodes.values()))
+            for fake in (inside, outside):
+                fake.hanging.add("*")
+            await until(view, lambda: states(view)["outside"] == "down")
+            await inside.until_asked("/models", 3)
+            assert states(view) == {"inside": "suspect", "outside": "down"}
+            inside.hanging.clear()
+            await until(view, lambda: states(view)["inside"] == "up")
+            await inside.die()  # refused is not silent
+            await until(view, lambda: states(view)["inside"] == "down")
+
+    run(main())
+
+
 def test_a_hung_node_does_not_hold_up_the_start() -> None:
     async def main() -> None:
         hung, well = FakeNeuron(), FakeNeuron()

@@ -7,10 +7,10 @@ from tests.helpers.fleets import answers, fleet, health, info, settings
 
 from helexa.core.catalogue import Catalogue, ModelProfile
 from helexa.core.config import Bounds, NeuronEntry
-from helexa.core.discovery import DeviceHealth
+from helexa.core.discovery import DeviceHealth, Discovery
 from helexa.core.errors import ModelNotFound, NoNode
 from helexa.core.lifecycle import ModelLimits, ModelStatus
-from helexa.cortex.fleet import Fleet
+from helexa.cortex.fleet import LOAD_SILENCE_S, Fleet
 
 QWEN = ModelProfile(id="Qwen/Qwen3-8B", quant="Q4_K_M", context=8192)
 
@@ -34,6 +34,19 @@ def test_a_node_is_suspect_after_one_miss_down_after_two_and_back_after_one_answ
     answers(view, "beast", info("m"))
     states.append(node.state)
     assert states == ["down", "up", "suspect", "down", "down", "up"]
+
+
+def test_a_node_that_loads_inside_is_not_down_for_its_silence_but_not_for_ever_either() -> None:
+    view = fleet("beast")
+    node = answers(view, "beast", info("m", "loading"))
+    view.saw_discovery(node, Discovery(hostname="h", os="Linux", kernel="6", isolation="none"), None)
+    for _ in range(3):
+        view.saw_miss(node, "late", is_silence=True)
+        assert node.state == "suspect"
+    node.polled_at -= LOAD_SILENCE_S
+    for _ in range(2):
+        view.saw_miss(node, "late", is_silence=True)
+        assert view.nodes["beast"].state == "down"
 
 
 def test_a_suspect_node_can_still_be_asked_and_a_down_one_cannot_but_its_models_stay_listed() -> None:
