@@ -76,7 +76,8 @@ class Refusal(_Answer, frozen=True):
 
 
 class Foreseen(_Answer, frozen=True):
-    """then: what would be done for a request that waits, once models in use may have to finish."""
+    """then: what would be done for a request that waits, once models in use may have to finish. candidates: of an alias
+    that lists several models, those that are known, the preferred first."""
 
     model: str
     action: Action
@@ -86,6 +87,7 @@ class Foreseen(_Answer, frozen=True):
     load: Placement | None = None
     waiting: int = 0
     then: Placement | None = None
+    candidates: list[str] = []
     error: Refusal | None = None
     weighed: list[Weighed] = []
     not_shown: int = 0

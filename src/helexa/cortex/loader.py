@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Hashable, Iterable
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any, Final, Literal
+
+import msgspec
 
 from helexa.core import logs
 from helexa.core.config import CortexSettings
@@ -30,7 +32,7 @@ from helexa.core.lifecycle import ModelStatus
 from helexa.cortex import foresight, keeper, load_failures, swapper
 from helexa.cortex.decisions import OPERATOR, UPKEEP, By, Decisions, What, Whom, weighed
 from helexa.cortex.eviction import POLICIES
-from helexa.cortex.fallbacks import Outlook
+from helexa.cortex.fallbacks import Outlook, first_in_time, loaded
 from helexa.cortex.fleet import Fleet, Node
 from helexa.cortex.foresight import Foreseen
 from helexa.cortex.keeper import Keeper
@@ -216,6 +218,15 @@ class Loader:
                 return
             failures.append(failure)
         raise load_failures.no_place(self._fleet, model_id, failures, 5)
+
+    async def foresee_first(self, candidates: Sequence[str]) -> Foreseen:
+        """As `foresee`, of the model that a request would begin with: the first that can serve it in its time."""
+        if len(candidates) == 1:
+            return await self.foresee(candidates[0])
+        now, replicas = asyncio.get_running_loop().time(), self._fleet.replicas
+        outlooks = [loaded(replicas(m), now) if replicas(m) else self.outlook(m) for m in candidates]
+        foreseen = await self.foresee(candidates[first_in_time(outlooks, self._wait_s) or 0])
+        return msgspec.structs.replace(foreseen, candidates=list(candidates))
 
     async def foresee(self, model_id: str) -> Foreseen:
         """What would happen now to a request for it: `ensure`'s own steps, of which none is carried out. Nodes may be

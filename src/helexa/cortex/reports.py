@@ -81,6 +81,8 @@ def plan_report(foreseen: Mapping[str, Any]) -> RenderableType:
     if error := foreseen.get("error"):
         head.append(f" with {error['status']} {error['code']}")
     parts: list[RenderableType] = [head, Text(f"  {foreseen['why']}")]
+    if candidates := foreseen.get("candidates"):
+        parts.append(Text(f"  of {', '.join(candidates)}: the first that can serve it in time", style="dim"))
     for title, placement in (("", foreseen.get("load")), ("then: ", foreseen.get("then"))):
         if placement is not None:
             parts += [Text(f"  {title}{line}") for line in _placement(placement)]

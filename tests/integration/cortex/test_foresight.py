@@ -179,7 +179,22 @@ def test_an_estimate_is_asked_for_as_the_load_would_ask_it() -> None:
         async with gateway([ModelProfile(id="qwen")], a=a) as gate:
             foreseen = await foresee(gate)
             assert foreseen.action == "refuse"
-            assert "needs 20,000 MB (estimate)" in foreseen.why
+            assert "needs 20,000 MB (estimate: weights 20,000" in foreseen.why
             assert a.asked["/models/estimate"] == 1
+
+    run(main())
+
+
+def test_of_several_models_the_plan_is_that_of_the_first_that_can_be_had() -> None:
+    async def main() -> None:
+        a, b = FakeNeuron(), holding("qwen")
+        models = [ModelProfile(id="best", vram_mb=100, pinned_on=["a"]), ModelProfile(id="qwen", vram_mb=5000)]
+        async with gateway(models, a=a, b=b) as gate:
+            first = await gate.loader.foresee_first(("best", "qwen"))
+            assert (first.model, first.action, first.candidates) == ("best", "load", ["best", "qwen"])
+            gate.fleet.set_aside(gate.fleet.nodes["a"], True)
+            then = await gate.loader.foresee_first(("best", "qwen"))
+            assert (then.model, then.action, then.node) == ("qwen", "serve", "b")
+            assert (await gate.loader.foresee_first(("best",))).action == "refuse"
 
     run(main())
