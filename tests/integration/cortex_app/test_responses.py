@@ -259,3 +259,18 @@ def test_what_is_kept_has_a_bound(tmp_path: Path) -> None:
             assert (await gateway.get(f"/v1/responses/{made['id']}")).status == 404
 
     run(scenario())
+
+
+def test_a_conversation_goes_on_after_the_gateway_was_started_anew(tmp_path: Path) -> None:
+    node = ServingNeuron()
+    toml = SETTINGS + f'[responses]\npath = "{tmp_path}/kept.sqlite"\n'
+
+    async def scenario() -> None:
+        async with fleet(tmp_path, node, toml=toml) as gateway:
+            first = await asked(gateway)
+            assert await gateway.stop() == 0
+        async with fleet(tmp_path, node, toml=toml) as gateway:
+            await asked(gateway, input="On", previous_response_id=first["id"])
+
+    run(scenario())
+    assert node.seen[1].body["messages"] == [user("Hi"), {"role": "assistant", "content": TEXT}, user("On")]
