@@ -250,9 +250,10 @@ class EventWriter(ResponseBuilder):
         """The last events of a stream that cannot go on; both, because some clients know one and some the other."""
         if not self._number:
             self.start()
-        told = {"code": error_code(error), "message": error.message}
-        self.response = self.broken_off("failed", told)
-        self._event("response.failed", response=msgspec.Raw(self.response))
+        if self.response is None:  # what has ended does not fail any more
+            told = {"code": error_code(error), "message": error.message}
+            self.response = self.broken_off("failed", told)
+            self._event("response.failed", response=msgspec.Raw(self.response))
         self._event("error", code=error.code, message=error.message, param=error.param)
         return self.take()
 

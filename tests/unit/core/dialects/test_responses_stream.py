@@ -350,6 +350,15 @@ def test_a_stream_that_fails_before_its_beginning_has_one_all_the_same() -> None
     assert kinds(EventWriter(document()).fail(Overloaded("x"))) == ["created", "in_progress", "failed", "error"]
 
 
+def test_a_response_that_has_ended_does_not_fail_any_more() -> None:
+    sink = EventWriter(document())
+    with pytest.raises(UpstreamError) as caught:
+        Answer(sink, called={}).feed(delta(content="a") + delta("stop") + usage() + delta(reasoning_content="more"))
+    assert kinds(sink.fail(caught.value))[-2:] == ["completed", "error"]
+    assert sink.response is not None
+    assert json.loads(sink.response)["status"] == "completed"
+
+
 @pytest.mark.parametrize("parts", [[], [piece(0, '{"in', name="patch")], [piece(0, "{", name="g")]])
 def test_an_answer_that_broke_off_is_known_as_far_as_it_came(parts: list[bytes]) -> None:
     sink = ResponseBuilder(document())
