@@ -1,7 +1,8 @@
 """The whole policy of loading against a fleet that does anything: swapper and placement together, on invented nodes.
 
 What is held: memory is never over-committed, pinned and in-use models never go, every waiter is answered by its
-deadline, a load runs once, no plan evicts what it does not need, and nothing that is wanted stands still.
+deadline, a load runs once, no plan evicts what it does not need, no client fills a queue, and nothing that is wanted
+stands still. Nodes die and come back, loads fail in every way, and another gateway loads and unloads as it likes.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class Policy(RuleBasedStateMachine):
         self.loads: set[tuple[str, str]] = set()
         self.waiting: dict[int, tuple[str, float]] = {}
         self.ids = 0
+        self.down: set[str] = set()
+        self.clients: dict[int, str] = {}
 
     # the loader's part
 
@@ -92,6 +95,7 @@ class Policy(RuleBasedStateMachine):
             case Load(model, node):
                 self.promised.pop((model, node))
                 assert not any(m == model for m, _ in self.loads), "a load runs once"
+                assert node not in self.down
                 assert self.used(node) + MODELS[model] <= NODES[node], "memory is never over-committed"
                 self.loads.add((model, node))
                 self.held[model, node] = Held(ModelStatus.LOADING)
@@ -109,7 +113,7 @@ class Policy(RuleBasedStateMachine):
         model = command.model
         for key in [key for key in self.promised if key[0] == model]:
             del self.promised[key]
-        views = [self.view(name) for name in NODES if name not in command.avoid]
+        views = [self.view(name) for name in NODES if name not in command.avoid | self.down]
         wanted = Wanted(model, Need((MODELS[model],), "vram_mb"))
         found = placement.plan(views, wanted, POLICIES["adaptive"], self.now, drain=command.drain)
         if isinstance(found, NoPlan):
@@ -151,15 +155,19 @@ class Policy(RuleBasedStateMachine):
 
     # what happens
 
-    @rule(model=st.sampled_from(sorted(MODELS)))
-    def ask(self, model: str) -> None:
+    @rule(model=st.sampled_from(sorted(MODELS)), client=st.sampled_from("ab"))
+    def ask(self, model: str, client: str) -> None:
         for (held_model, _), held in self.held.items():
             if held_model == model and held.status is ModelStatus.LOADED:
                 held.in_use += 1
                 return
         self.ids += 1
         self.waiting[self.ids] = (model, self.now + WAIT_S)
-        self.feed(Asked(model, self.ids, self.now + WAIT_S))
+        self.clients[self.ids] = client
+        before = self.state.wanted.get(model)
+        self.feed(Asked(model, self.ids, self.now + WAIT_S, client))
+        if before is not None and len(before.waiters) < self.state.queue and client not in before.clients.values():
+            assert self.ids in self.waiting, "a client that has no place gets one while there is any"
 
     @precondition(lambda self: any(held.in_use for held in self.held.values()))
     @rule(data=st.data())
@@ -176,7 +184,7 @@ class Policy(RuleBasedStateMachine):
         self.feed(Left(self.waiting.pop(waiter)[0], waiter))
 
     @precondition(lambda self: self.loads)
-    @rule(data=st.data(), kind=st.none() | st.sampled_from([Kind.FAILED, Kind.NO_ROOM, Kind.GONE, Kind.NEVER]))
+    @rule(data=st.data(), kind=st.none() | st.sampled_from([k for k in Kind if k is not Kind.DIFFERENT]))
     def load_ends(self, data: st.DataObject, kind: Kind | None) -> None:
         model, node = data.draw(st.sampled_from(sorted(self.loads)))
         self.loads.remove((model, node))
@@ -202,6 +210,42 @@ class Policy(RuleBasedStateMachine):
             del self.held[command.victim, command.node]
             self.feed(Cleared(model, command.node, None))
 
+    @precondition(lambda self: len(self.down) < len(NODES))
+    @rule(data=st.data())
+    def node_dies(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(NODES.keys() - self.down)))
+        self.down.add(name)
+        gone = Failure(name, Kind.GONE, "died")
+        for key in [key for key in self.held if key[1] == name]:
+            del self.held[key]
+        for model in [model for model, command in self.clears.items() if command.node == name]:
+            del self.clears[model]
+            self.feed(Cleared(model, name, gone))
+        for model, node in [load for load in self.loads if load[1] == name]:
+            self.loads.remove((model, node))
+            self.feed(Ended(model, node, gone))
+
+    @precondition(lambda self: self.down)
+    @rule(data=st.data())
+    def node_returns(self, data: st.DataObject) -> None:
+        self.down.remove(data.draw(st.sampled_from(sorted(self.down))))
+        self.feed(Room())
+
+    @rule(model=st.sampled_from(sorted(MODELS)), name=st.sampled_from(sorted(NODES)))
+    def another_gateway_loads(self, model: str, name: str) -> None:
+        fits = name not in self.down and self.used(name) + MODELS[model] <= NODES[name]
+        if fits and not any(m == model for m, _ in self.held) and model not in self.state.wanted:
+            self.held[model, name] = Held(ModelStatus.LOADED, 0, self.now, self.now)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def another_gateway_unloads(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.held)))
+        held = self.held[key]
+        if held.status is ModelStatus.LOADED and not held.in_use:
+            del self.held[key]
+            self.feed(Room())
+
     @rule(seconds=st.floats(0.1, 20))
     def time_passes(self, seconds: float) -> None:
         until = self.now + seconds
@@ -220,6 +264,13 @@ class Policy(RuleBasedStateMachine):
     def nobody_waits_beyond_its_deadline_and_everybody_who_waits_is_known(self) -> None:
         assert all(deadline > self.now for _, deadline in self.waiting.values())
         assert {w for p in self.state.wanted.values() for w, _ in p.waiters} == set(self.waiting)
+
+    @invariant()
+    def no_client_fills_a_queue(self) -> None:
+        for pursuit in self.state.wanted.values():
+            names = list(pursuit.clients.values())
+            assert len(names) <= self.state.queue
+            assert all(names.count(client) < self.state.queue for client in names)
 
     @invariant()
     def everything_that_is_wanted_can_progress(self) -> None:
@@ -260,4 +311,4 @@ class Policy(RuleBasedStateMachine):
 
 
 TestPolicy = Policy.TestCase
-TestPolicy.settings = hypothesis_settings(max_examples=80, stateful_step_count=50, deadline=None)
+TestPolicy.settings = hypothesis_settings(max_examples=120, stateful_step_count=60, deadline=None)
