@@ -26,9 +26,11 @@ from typing import Final
 from bench.dialects import node
 from bench.gateway.proxies import PEERS, PROXIES
 from bench.measure import Tree, free_port, machine, running, spread, table, wait_for_port
-from helexa.core.dialects import anthropic_request, responses_request
+from helexa.core.dialects import anthropic_request, ollama_request, responses_request
 from helexa.core.dialects.anthropic_sinks import EventWriter as MessageEvents
 from helexa.core.dialects.anthropic_stream import Answer as MessageAnswer
+from helexa.core.dialects.ollama_stream import Answer as OllamaAnswer
+from helexa.core.dialects.ollama_stream import Clocks, Lines
 from helexa.core.dialects.responses_document import Document
 from helexa.core.dialects.responses_sinks import EventWriter as ResponseEvents
 from helexa.core.dialects.responses_stream import Answer as ResponseAnswer
@@ -49,7 +51,7 @@ def main() -> None:
     given = args.parse_args()
     print(f"{machine()}\n{given.rounds} rounds; median (least to greatest)\n")
     print("The translator alone, CPU\n")
-    table(["what", "messages, µs", "responses, µs"], alone(given.rounds))
+    table(["what", "messages, µs", "responses, µs", "ollama, µs"], alone(given.rounds))
     print(f"\nThe whole gateway: {given.streams} streams of {node.DELTAS} deltas, {GAP_MS} ms apart\n")
     names = ["cortex"] if given.skip_litellm or not (PEERS / "done").exists() else ["cortex", "litellm"]
     through(names, given.rounds, given.streams)
@@ -63,11 +65,16 @@ def alone(rounds: int) -> list[list[str]]:
     rows = []
     for kind, data in kinds.items():
         costs = [
-            spread([_of_a_chunk(answer, data, kind) for _ in range(rounds)], 2) for answer in (_messages, _responses)
+            spread([_of_a_chunk(answer, data, kind) for _ in range(rounds)], 2)
+            for answer in (_messages, _responses, _ollama)
         ]
         rows.append([f"a chunk of {kind}", *costs])
-    agents = [(_agents_messages(), anthropic_request.translate), (_agents_response(), _translate_response)]
-    size = " and ".join(str(len(body) >> 10) for body, _ in agents)
+    agents: list[tuple[bytes, Callable[[bytes], object]]] = [
+        (_agents_messages(), anthropic_request.translate),
+        (_agents_response(), _translate_response),
+        (_agents_ollama(), ollama_request.chat),
+    ]
+    size = ", ".join(str(len(body) >> 10) for body, _ in agents)
     costs = [spread([_of_a_request(how, body) for _ in range(rounds)], 0) for body, how in agents]
     rows.append([f"a request of {size} kB with 24 tools", *costs])
     return rows
@@ -84,6 +91,11 @@ def _messages() -> Mend:
 def _responses() -> Mend:
     document = Document(key="hx1", model="stub", created_at=1, echo=b'"tools":[]', clock=time.time, show_summary=True)
     return ResponseAnswer(ResponseEvents(document), called={})
+
+
+def _ollama() -> Mend:
+    clocks = Clocks(started=0.0, sent=0.0, now=time.monotonic, wall=time.time)
+    return OllamaAnswer(Lines(model="stub", is_chat=True, clocks=clocks), clocks)
 
 
 def _of_a_chunk(begin: Callable[[], Mend], data: bytes, kind: str) -> float:
@@ -120,6 +132,16 @@ def _agents_messages() -> bytes:
     messages = [{"role": "user", "content": [{"type": "text", "text": "u" * 500}]}]
     body = {"model": "m", "max_tokens": 32000, "stream": True, "system": system, "tools": tools, "messages": messages}
     return json.dumps(body).encode()
+
+
+def _agents_ollama() -> bytes:
+    """As large, in Ollama's form."""
+    tools = [
+        {"type": "function", "function": {"name": f"tool_{n}", "description": "d" * 400, "parameters": TOOL}}
+        for n in range(24)
+    ]
+    messages = [{"role": "system", "content": "s" * 12000}, {"role": "user", "content": "u" * 500}]
+    return json.dumps({"model": "m", "messages": messages, "tools": tools, "options": {"temperature": 0}}).encode()
 
 
 def _agents_response() -> bytes:
