@@ -48,7 +48,7 @@ class FleetApi:
         name = request.query_params.get("model", "")
         if not name:
             raise BadRequest("?model= is missing; GET /v1/models lists what can be asked", param="model")
-        return json_response(await self._loader.foresee_first(self._fleet.candidates(name)))
+        return json_response(await self._loader.foresight.of_first(self._fleet.candidates(name)))
 
     async def _drain(self, request: Request) -> Response:
         return await self._set_aside(request, True)

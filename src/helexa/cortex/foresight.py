@@ -6,7 +6,9 @@ get. Nothing is promised, ordered or remembered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from math import ceil
 from random import Random
 from typing import Literal
@@ -14,9 +16,10 @@ from typing import Literal
 import msgspec
 
 from helexa.core.errors import Dialect, HelexaError, status_for
-from helexa.cortex import placement, router, swapper
+from helexa.cortex import load_failures, placement, router, swapper
 from helexa.cortex.decisions import NODES_SHOWN, Weighed, weighed
 from helexa.cortex.eviction import Policy
+from helexa.cortex.fallbacks import Outlook, first_in_time, loaded
 from helexa.cortex.fleet import Fleet, Node, Replica, why_not_up
 from helexa.cortex.placer import Found, Placer
 from helexa.cortex.plans import NodeView, NoPlan, Plan
@@ -91,6 +94,74 @@ class Foreseen(_Answer, frozen=True):
     error: Refusal | None = None
     weighed: list[Weighed] = []
     not_shown: int = 0
+
+
+class Foresight:
+    """state, standing, error, outlook: the loader's own, as they are when it is asked."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        placer: Placer,
+        policy: Policy,
+        *,
+        wait_s: float,
+        state: Callable[[], swapper.State],
+        standing: Callable[[str], Standing],
+        error: Callable[[swapper.Refuse], HelexaError],
+        outlook: Callable[[str], Outlook],
+    ) -> None:
+        self._fleet = fleet
+        self._placer = placer
+        self._policy = policy
+        self._wait_s = wait_s
+        self._state = state
+        self._standing = standing
+        self._error = error
+        self._outlook = outlook
+
+    async def of_first(self, candidates: Sequence[str]) -> Foreseen:
+        """Of the model that a request would begin with: the first that can serve it in its time."""
+        if len(candidates) == 1:
+            return await self.of(candidates[0])
+        now, replicas = asyncio.get_running_loop().time(), self._fleet.replicas
+        outlooks = [loaded(replicas(m), now) if replicas(m) else self._outlook(m) for m in candidates]
+        foreseen = await self.of(candidates[first_in_time(outlooks, self._wait_s) or 0])
+        return msgspec.structs.replace(foreseen, candidates=list(candidates))
+
+    async def of(self, model: str) -> Foreseen:
+        """1. Loaded: served. 2. Nodes are asked what it needs, as a load would ask them. 3. Others wait for it, or too
+        many. 4. A place for it. 5. None: refused, or for later."""
+        served = serving(model, self._fleet.replicas(model))
+        if served is not None:
+            return served
+        await self._placer.ask_needs(model, [node for node, _ in self._fleet.holders(model)])
+        now, policy, before = asyncio.get_running_loop().time(), self._policy, self._state()
+        state, commands = swapper.step(before, swapper.Asked(model, "foreseen", now + self._wait_s), now)
+        match commands:
+            case [swapper.Refuse() as refusal]:
+                return refusing(model, self._error(refusal))
+            case [swapper.Place() as place]:
+                found = self._placer.find(place)
+            case _:
+                return pursued(model, before.wanted[model], self._standing(model))
+        others = not_asked(self._fleet, model, before, found.nodes, now)
+        foreseen = loading(model, found, self._placer, policy, now)
+        if foreseen is not None:
+            return with_others(foreseen, others)
+        assert isinstance(found.answer, NoPlan)
+        again_at = self._placer.again_at(found.answer, found.wanted, found.nodes, now)
+        reasons = load_failures.of_reasons(found.answer.reasons)
+        _, commands = swapper.step(state, swapper.NoPlace(model, again_at, reasons), now)
+        match commands:
+            case [swapper.Refuse() as refusal]:
+                names = {other.node for other in others}
+                told = [weighed(failure) for failure in refusal.failures if failure.node not in names]
+                foreseen = refusing(model, self._error(refusal), told)
+            case _:
+                later = self._placer.find(replace(place, drain=True))
+                foreseen = resting(model, found, later, policy, state.drain_after_s, now)
+        return with_others(foreseen, others)
 
 
 def serving(model: str, replicas: Sequence[Replica]) -> Foreseen | None:

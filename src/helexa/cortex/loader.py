@@ -10,13 +10,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine, Hashable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any, Final, Literal
-
-import msgspec
 
 from helexa.core import logs
 from helexa.core.config import CortexSettings
@@ -29,17 +27,17 @@ from helexa.core.errors import (
     nearest,
 )
 from helexa.core.lifecycle import ModelStatus
-from helexa.cortex import foresight, keeper, load_failures, swapper
-from helexa.cortex.decisions import OPERATOR, UPKEEP, By, Decisions, What, Whom, weighed
+from helexa.cortex import keeper, load_failures, swapper
+from helexa.cortex.decisions import OPERATOR, UPKEEP, By, Decisions, What, Whom
 from helexa.cortex.eviction import POLICIES
-from helexa.cortex.fallbacks import Outlook, first_in_time, loaded
+from helexa.cortex.fallbacks import Outlook
 from helexa.cortex.fleet import Fleet, Node
-from helexa.cortex.foresight import Foreseen
+from helexa.cortex.foresight import Foresight
 from helexa.cortex.keeper import Keeper
 from helexa.cortex.load_watch import LoadWatch
 from helexa.cortex.orders import HELD, Orders, status_on
 from helexa.cortex.placer import Placer, preference
-from helexa.cortex.plans import NoPlan, Plan
+from helexa.cortex.plans import Plan
 from helexa.cortex.standing import UNDER_WAY, Standing
 from helexa.cortex.survey import Survey, make_of, more_than
 from helexa.cortex.swapper import Failure, Kind, Phase, Waiter
@@ -76,8 +74,8 @@ class Loader:
         self.decisions = Decisions(time.time)
         self._fleet = fleet
         self._orders = Orders(fleet, self.survey)
-        self._policy = POLICIES[settings.eviction.strategy]
-        self._placer = Placer(fleet, self.survey, self._orders, self._policy, self.decisions)
+        policy = POLICIES[settings.eviction.strategy]
+        self._placer = Placer(fleet, self.survey, self._orders, policy, self.decisions)
         self._wait_s = settings.loading.wait_s
         self._state = swapper.State(queue=settings.loading.queue, drain_after_s=drain_after_s)
         self._events: deque[swapper.Event] = deque()
@@ -102,6 +100,16 @@ class Loader:
             defrag_after_cycles=settings.eviction.defrag_after_cycles,
             every_s=keep_every_s,
             copy_idle_s=copy_idle_s,
+        )
+        self.foresight = Foresight(
+            fleet,
+            self._placer,
+            policy,
+            wait_s=settings.loading.wait_s,
+            state=lambda: self._state,
+            standing=self._standing,
+            error=self._error,
+            outlook=self.outlook,
         )
         self._operators = count()
         self._room: asyncio.TimerHandle | None = None
@@ -218,49 +226,6 @@ class Loader:
                 return
             failures.append(failure)
         raise load_failures.no_place(self._fleet, model_id, failures, 5)
-
-    async def foresee_first(self, candidates: Sequence[str]) -> Foreseen:
-        """As `foresee`, of the model that a request would begin with: the first that can serve it in its time."""
-        if len(candidates) == 1:
-            return await self.foresee(candidates[0])
-        now, replicas = asyncio.get_running_loop().time(), self._fleet.replicas
-        outlooks = [loaded(replicas(m), now) if replicas(m) else self.outlook(m) for m in candidates]
-        foreseen = await self.foresee(candidates[first_in_time(outlooks, self._wait_s) or 0])
-        return msgspec.structs.replace(foreseen, candidates=list(candidates))
-
-    async def foresee(self, model_id: str) -> Foreseen:
-        """What would happen now to a request for it: `ensure`'s own steps, of which none is carried out. Nodes may be
-        asked for estimates, as a load would ask them."""
-        served = foresight.serving(model_id, self._fleet.replicas(model_id))
-        if served is not None:
-            return served
-        nodes = [node for node, _ in self._fleet.holders(model_id)]
-        await self._placer.ask_needs(model_id, nodes)
-        now, policy = asyncio.get_running_loop().time(), self._policy
-        state, commands = swapper.step(self._state, swapper.Asked(model_id, "foreseen", now + self._wait_s), now)
-        match commands:
-            case [swapper.Refuse() as refusal]:
-                return foresight.refusing(model_id, self._error(refusal))
-            case [swapper.Place() as place]:
-                found = self._placer.find(place)
-            case _:
-                return foresight.pursued(model_id, self._state.wanted[model_id], self._standing(model_id))
-        others = foresight.not_asked(self._fleet, model_id, self._state, found.nodes, now)
-        foreseen = foresight.loading(model_id, found, self._placer, policy, now)
-        if foreseen is None:
-            assert isinstance(found.answer, NoPlan)
-            again_at = self._placer.again_at(found.answer, found.wanted, found.nodes, now)
-            reasons = load_failures.of_reasons(found.answer.reasons)
-            _, commands = swapper.step(state, swapper.NoPlace(model_id, again_at, reasons), now)
-            match commands:
-                case [swapper.Refuse() as refusal]:
-                    names = {other.node for other in others}
-                    told = [weighed(failure) for failure in refusal.failures if failure.node not in names]
-                    foreseen = foresight.refusing(model_id, self._error(refusal), told)
-                case _:
-                    later = self._placer.find(replace(place, drain=True))
-                    foreseen = foresight.resting(model_id, found, later, policy, state.drain_after_s, now)
-        return foresight.with_others(foreseen, others)
 
     async def unload(
         self, model_id: str, node: str | None = None, *, force: bool = False, drain_s: float = 0.0

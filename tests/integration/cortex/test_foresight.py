@@ -35,8 +35,8 @@ async def foresee(gate: Gateway, model: str = "qwen") -> Foreseen:
     """Twice, which must come to the same."""
     survey = gate.loader.survey
     before = (dict(survey.promises), gate.loader.decisions.last(), gate.loader._state)
-    foreseen = await gate.loader.foresee(model)
-    again = await gate.loader.foresee(model)
+    foreseen = await gate.loader.foresight.of(model)
+    again = await gate.loader.foresight.of(model)
     assert (again.action, again.node, again.weighed and [w.node for w in again.weighed]) == (
         foreseen.action, foreseen.node, foreseen.weighed and [w.node for w in foreseen.weighed],
     )  # fmt: skip
@@ -190,11 +190,11 @@ def test_of_several_models_the_plan_is_that_of_the_first_that_can_be_had() -> No
         a, b = FakeNeuron(), holding("qwen")
         models = [ModelProfile(id="best", vram_mb=100, pinned_on=["a"]), ModelProfile(id="qwen", vram_mb=5000)]
         async with gateway(models, a=a, b=b) as gate:
-            first = await gate.loader.foresee_first(("best", "qwen"))
+            first = await gate.loader.foresight.of_first(("best", "qwen"))
             assert (first.model, first.action, first.candidates) == ("best", "load", ["best", "qwen"])
             gate.fleet.set_aside(gate.fleet.nodes["a"], True)
-            then = await gate.loader.foresee_first(("best", "qwen"))
+            then = await gate.loader.foresight.of_first(("best", "qwen"))
             assert (then.model, then.action, then.node) == ("qwen", "serve", "b")
-            assert (await gate.loader.foresee_first(("best",))).action == "refuse"
+            assert (await gate.loader.foresight.of_first(("best",))).action == "refuse"
 
     run(main())
