@@ -50,22 +50,48 @@ async def gateway(
     **fakes: FakeNeuron,
 ) -> AsyncIterator[Gateway]:
     """keeps: with its keeper at work, ten times a second. options: the loader's."""
-    async with neurons(*fakes.values()):
-        settings = CortexSettings(
-            neurons=[NeuronEntry(name=name, endpoint=fake.url) for name, fake in fakes.items()],
-            poll=Poll(interval_s=interval_s),
-            loading=loading or Loading(),
-            eviction=eviction or Eviction(),
-        )
-        fleet = Fleet(settings, Catalogue(models=list(models)))
-        loader = Loader(fleet, settings, keep_every_s=0.1, **(options or {}))
-        poller = Poller(fleet, settings)
-        await poller.start()
-        if keeps:
-            loader.start()
-        try:
-            yield Gateway(fleet, loader, poller)
-        finally:
-            await loader.stop()
-            await poller.stop()
-            fleet.close()
+    async with (
+        neurons(*fakes.values()),
+        second_gateway(
+            models,
+            interval_s=interval_s,
+            loading=loading,
+            eviction=eviction,
+            keeps=keeps,
+            options=options,
+            **fakes,
+        ) as made,
+    ):
+        yield made
+
+
+@asynccontextmanager
+async def second_gateway(
+    models: Iterable[ModelProfile] = (QWEN,),
+    *,
+    interval_s: float = 0.3,
+    loading: Loading | None = None,
+    eviction: Eviction | None = None,
+    keeps: bool = False,
+    options: dict[str, Any] | None = None,
+    **fakes: FakeNeuron,
+) -> AsyncIterator[Gateway]:
+    """On nodes that are there already."""
+    settings = CortexSettings(
+        neurons=[NeuronEntry(name=name, endpoint=fake.url) for name, fake in fakes.items()],
+        poll=Poll(interval_s=interval_s),
+        loading=loading or Loading(),
+        eviction=eviction or Eviction(),
+    )
+    fleet = Fleet(settings, Catalogue(models=list(models)))
+    loader = Loader(fleet, settings, keep_every_s=0.1, **(options or {}))
+    poller = Poller(fleet, settings)
+    await poller.start()
+    if keeps:
+        loader.start()
+    try:
+        yield Gateway(fleet, loader, poller)
+    finally:
+        await loader.stop()
+        await poller.stop()
+        fleet.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Final
@@ -53,9 +54,19 @@ class Standing:
         elif self.is_clearing:
             text = f"making room for {self.model} on {self.node}"
         else:
-            percent = f": {self.fraction * 100:.0f} %" if self.fraction is not None else ""
-            text = f"{self.doing} {self.model} on {self.node}{percent}"
+            far = ", ".join(self._how_far())
+            text = f"{self.doing} {self.model} on {self.node}" + (f": {far}" if far else "")
         return "".join(c if c.isprintable() else "?" for c in text).encode()
+
+    def _how_far(self) -> Iterator[str]:
+        """As far as it is known: the share, the bytes, the seconds left."""
+        if self.fraction is not None:
+            yield f"{self.fraction * 100:.0f} %"
+        progress = self.info.progress if self.info is not None else None
+        if progress is not None and progress.bytes_done is not None and progress.bytes_total:
+            yield f"{progress.bytes_done / 1e9:.2f} of {progress.bytes_total / 1e9:.2f} GB"
+        if self.eta_s is not None:
+            yield f"about {ceil(self.eta_s)} s left"
 
     def still_loading(self) -> ModelLoading:
         """For a request that cannot wait longer."""

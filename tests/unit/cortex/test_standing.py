@@ -19,6 +19,12 @@ def standing(status: str = "loading", left_s: float | None = None, **progress: A
         (standing(fraction=0.43), b"loading qwen on beast: 43 %"),
         (standing(fraction=0.0), b"loading qwen on beast: 0 %"),
         (standing("downloading", fraction=1.0), b"downloading qwen on beast: 100 %"),
+        (standing(left_s=11.2), b"loading qwen on beast: about 12 s left"),
+        (
+            standing(left_s=11.2, fraction=0.5, bytes_done=2_514_000_000, bytes_total=5_028_000_000),
+            b"loading qwen on beast: 50 %, 2.51 of 5.03 GB, about 12 s left",
+        ),
+        (standing(left_s=-3.0, bytes_done=1), b"loading qwen on beast"),  # slower than before: no guess
         (standing("recovering"), b"recovering qwen on beast"),
         (standing("melting"), b"loading qwen on beast"),
         (Standing("qwen", "beast"), b"loading qwen on beast"),
