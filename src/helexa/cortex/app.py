@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
+import os
 import signal
 import sys
 import time
@@ -183,7 +184,16 @@ class Cortex:
         for sig in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(sig, signals.put_nowait, sig.name)
         if self._has_files:
-            loop.add_signal_handler(signal.SIGHUP, self.reloader.at_once)
+            had_terminal = os.isatty(0)
+
+            def hung_up() -> None:
+                """The word to read the files again; or that of a terminal that was closed, which means the end."""
+                if had_terminal and not os.isatty(0):
+                    signals.put_nowait("SIGHUP")
+                else:
+                    self.reloader.at_once()
+
+            loop.add_signal_handler(signal.SIGHUP, hung_up)
         await self.start()
         # What the start made stays; the collector need not look at it again.
         gc.collect()

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pty
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.helpers.aio import run
 from tests.helpers.fake_neuron import neurons
-from tests.helpers.gateway import SETTINGS, Gateway, cortex, write_settings
+from tests.helpers.gateway import SETTINGS, Gateway, cortex, environment, write_settings
 from tests.helpers.serving_neuron import ServingNeuron
 from tests.integration.cortex_app.test_command_line import ask
 
@@ -143,3 +148,30 @@ def test_a_node_at_another_address_is_another_node_and_drained_it_stays_so(tmp_p
             assert (len(old.seen), len(new.seen)) == (0, 1)
 
     run(main())
+
+
+def test_a_terminal_that_is_closed_ends_the_gateway_that_it_ran(tmp_path: Path) -> None:
+    config, log = write_settings(tmp_path, {}), tmp_path / "log"
+    terminal, its_end = pty.openpty()
+    command = [sys.executable, "-m", "helexa.cortex", "serve", "-c", str(config)]
+    with log.open("wb") as err:
+        process = subprocess.Popen(command, stdin=its_end, stderr=err, env=environment(), start_new_session=True)
+    os.close(its_end)
+    try:
+        until(lambda: b"listening" in log.read_bytes())
+        process.send_signal(signal.SIGHUP)
+        until(lambda: b"read again" in log.read_bytes())
+        os.close(terminal)
+        process.send_signal(signal.SIGHUP)  # as the kernel does, to what the terminal controls
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert b"shutting down" in log.read_bytes()
+
+
+def until(condition: Callable[[], bool], within_s: float = 20.0) -> None:
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.02)
