@@ -2,9 +2,10 @@
 plays raw text turn by turn. SmolLM2's vocabulary, so that prompts are counted as a real model counts them.
 
 How it works. Each turn's text is cut into pieces, and each piece is one more token of the vocabulary. The chat template
-ends the prompt with a marker, a token as well, that names the turn: as many turns as the conversation has answers. The
-one layer adds nothing to the residual stream, and the output matrix holds, for each marker and piece, the direction of
-the piece that follows: by far the likeliest token at any temperature. After the last piece comes the end of the turn.
+puts a marker, a token as well, behind the messages: it names the turn, as many as the conversation has answers. Marker
+and pieces have directions of their own, and the output matrix holds for each of them what follows: by far the likeliest
+token at any temperature. The one layer has every token look at the marker, and add a little of its direction: enough
+where the token has none, which is the end of the prompt. After the last piece comes the end of the turn.
 """
 
 from __future__ import annotations
@@ -22,8 +23,13 @@ import numpy as np
 from tests.helpers.models import smollm2
 
 PIECE: Final = 5  # bytes, or more where such a piece is a token already
-GAIN: Final = 30.0  # the next piece's logit lies above 200, the runner-up's below half of that
-WIDTH: Final = 64
+GAIN: Final = 30.0  # the next piece's logit lies above 100, the runner-up's below half of that
+WIDTH: Final = 128
+DIRECTIONS: Final = 96  # dimensions of the residual stream; the next two say "a token" and "a marker"
+TOKEN, MARKER = DIRECTIONS, DIRECTIONS + 1
+HINT: Final = (
+    0.03  # of the marker's direction as the layer sees it (normalised), on each token: a fifth of a piece's own
+)
 ASIDE: Final = "aside"
 LOST: Final = "lost"
 _NORMAL, _CONTROL = 1, 3
@@ -61,11 +67,9 @@ TEMPLATE: Final = """\
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
 {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
 {%- set answers = messages | selectattr('role', 'equalto', 'assistant') | list | length %}
 {{- MARKER }}
-{%- endif %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
 
 
@@ -117,12 +121,18 @@ def write(
             played[says] = [token(piece, _NORMAL) for piece in _pieces(says.encode(), known)]
         chain = [token(_marker(name), _CONTROL), *played[says], vocabulary.end]
         follows += [pair for pair in itertools.pairwise(chain) if pair not in follows]
-    rng = np.random.default_rng(0)
-    directions = rng.standard_normal((len(tokens), WIDTH))
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    stream = np.zeros((len(tokens), WIDTH))
+    own = len(vocabulary.tokens)
+    directions = np.random.default_rng(0).standard_normal((len(tokens) - own, DIRECTIONS))
+    stream[own:, :DIRECTIONS] = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    stream[:, TOKEN] = 1
+    stream[[known[_marker(name)] for name in script], MARKER] = 1
     output = np.zeros((len(tokens), WIDTH))
     for now, then in follows:
-        output[then] += GAIN * directions[now]
+        output[then, :DIRECTIONS] += GAIN * stream[now, :DIRECTIONS]
+    query, key, value = np.zeros((3, WIDTH, WIDTH))
+    query[WIDTH - 1, TOKEN] = key[WIDTH - 1, MARKER] = 10
+    value[:DIRECTIONS, :DIRECTIONS] = HINT * np.eye(DIRECTIONS)
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(path.stem)
@@ -135,6 +145,7 @@ def write(
     writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(WIDTH)
+    writer.add_rope_freq_base(1e30)  # the last pair of dimensions is never rotated
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -145,11 +156,13 @@ def write(
     writer.add_eos_token_id(vocabulary.end)
     writer.add_add_bos_token(False)
     writer.add_chat_template(template.replace("MARKER", _choice(turns, before, plays_without_tools=aside is None)))
-    writer.add_tensor("token_embd.weight", directions.astype(np.float16))
+    writer.add_tensor("token_embd.weight", stream.astype(np.float16))
     writer.add_tensor("output.weight", output.astype(np.float16))
     writer.add_tensor("output_norm.weight", np.ones(WIDTH, np.float32))
+    layer = {"attn_q": query, "attn_k": key, "attn_v": value, "attn_output": np.eye(WIDTH)}
     for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
-        writer.add_tensor(f"blk.0.{name}.weight", np.zeros((WIDTH, WIDTH), np.float16))
+        weights = layer.get(name, np.zeros((WIDTH, WIDTH)))
+        writer.add_tensor(f"blk.0.{name}.weight", weights.astype(np.float16))
     for name in ("attn_norm", "ffn_norm"):
         writer.add_tensor(f"blk.0.{name}.weight", np.ones(WIDTH, np.float32))
     writer.write_header_to_file()

@@ -44,9 +44,10 @@ class Stage:
         context: int = CONTEXT,
         aside: str | None = "A title",
         before: int = 0,
+        template: str = playing_gguf.TEMPLATE,
     ) -> str:
         """Load a model that plays these turns (playing_gguf.write); the name by which the gateway serves it."""
-        path = playing_gguf.write(self.folder / f"{name}.gguf", turns, aside=aside, before=before)
+        path = playing_gguf.write(self.folder / f"{name}.gguf", turns, aside=aside, before=before, template=template)
         loaded = self.node.http.post(
             "/models/load?wait=true",
             json={"model_id": name, "source": str(path), "context": context, "slots": 2, "threads": 2},
