@@ -170,6 +170,15 @@ def test_an_upstream_that_dies_anywhere_is_told_in_an_event_or_by_a_cut_and_neve
     assert line.wire.closed
 
 
+def test_an_upstream_that_dies_right_behind_a_done_that_was_read_with_half_an_event_lost_nothing() -> None:
+    line = Line(cut_usage=True)
+    chunks = [b"%x\r\n%b\r\n" % (len(e), e) for e in (ROLE, delta("0"), STOP, DONE)]
+    line.hear(HEAD, *chunks[:2], chunks[2][:-9], chunks[2][-9:] + chunks[3])
+    line.connection.connection_lost(None)
+    assert line.wire.sent.endswith(DONE + b"\r\n0\r\n\r\n")
+    assert b"error" not in line.wire.sent
+
+
 def test_a_death_inside_a_half_sent_chunk_is_told_in_an_event_because_the_half_was_held_back() -> None:
     line = Line()
     line.hear(HEAD + b"%x\r\n%b\r\n" % (len(ROLE), ROLE) + b"%x\r\n%b\r\n" % (len(delta("a")), delta("a")))

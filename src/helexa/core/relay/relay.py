@@ -279,7 +279,8 @@ class Pair:
                 connection.passing = False
                 last = b"".join(connection.parts[-8:])
                 scan.settle_stream(self.exchange, last)
-                self._done_seen = last.rstrip().endswith(DONE)
+                # passing may have begun behind the [DONE] that was read by event
+                self._done_seen = self._done_seen or last.rstrip().endswith(DONE)
         return connection
 
     def _begin_answer(self, connection: Connection) -> None:
