@@ -81,7 +81,7 @@ $(NPM_CLIENTS): tests/clients/package.json | $(INSTALLED)
 	command -v npm > /dev/null || { echo 'No npm here: the tests with other programs are skipped' >&2; exit 0; }; \
 	echo 'Installing Claude Code, Codex, opencode and the AI SDK for the tests (1.2 GB, once) ...' >&2; \
 	mkdir -p $(CLIENTS) && cp tests/clients/package.json $(CLIENTS) && \
-	npm install --prefix $(CLIENTS) --no-package-lock --ignore-scripts --no-audit --no-fund --no-progress --loglevel error && touch $@
+	npm install --prefix $(CLIENTS) --no-package-lock --ignore-scripts --no-audit --no-fund --no-progress --silent && touch $@
 
 $(PYTHON_CLIENTS): tests/clients/requirements.txt | $(INSTALLED)
 	echo 'Installing LangChain, Pydantic AI and llm for the tests (200 MB, once) ...' >&2
