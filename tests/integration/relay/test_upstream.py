@@ -63,6 +63,19 @@ def test_a_connection_that_its_engine_closes_after_the_answer_is_replaced_before
     run(main())
 
 
+def test_a_pool_that_is_cut_replaces_nothing() -> None:
+    async def main() -> None:
+        async with RawUpstream(_ok) as engine:
+            host = Upstream("m", engine.url, renew=True)
+            await host.fetch("GET", "/slots", b"")
+            assert host.open_connections == 1
+            host.abort()
+            await until(lambda: host.open_connections == 0)
+            assert not host._renewals
+
+    run(main())
+
+
 def test_a_replacement_that_nobody_used_is_not_replaced_again_when_the_engine_tires_of_it() -> None:
     async def main() -> None:
         accepted = 0

@@ -145,7 +145,8 @@ class Upstream:
         self._open.discard(connection)
         if connection.owner is None and connection in self._idle:
             self._idle.remove(connection)
-            if self._renew and connection.served and len(self._idle) + len(self._renewals) < self.max_idle:
+            wanted = self._renew and connection.served and not self.closing
+            if wanted and len(self._idle) + len(self._renewals) < self.max_idle:
                 task = asyncio.get_running_loop().create_task(self._replace())
                 self._renewals.add(task)
                 task.add_done_callback(self._renewals.discard)
