@@ -176,6 +176,11 @@ class Upstream:
         for connection in list(self._open):
             connection.transport.abort()
 
+    @property
+    def open_connections(self) -> int:
+        """Connections whose descriptor is not closed yet."""
+        return len(self._open)
+
     async def cut_off(self) -> None:
         """`abort`, and return when the descriptors are closed."""
         self.abort()
