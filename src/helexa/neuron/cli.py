@@ -40,7 +40,11 @@ def main() -> NoReturn:
 
             sys.exit(host.main())
         case ["--worker"]:
-            fail("tensor parallel is not there yet: this version has no ranks to start", 2)
+            from helexa.neuron.tp import worker
+
+            code = worker.main()
+            sys.stderr.flush()
+            os._exit(code)  # threads of torch and Gloo may hang at exit, and nothing here needs them
         case _:
             app()
             sys.exit(0)

@@ -11,7 +11,6 @@ kernel cannot, the end of stdin does.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import queue
 import signal
@@ -22,9 +21,8 @@ from typing import IO, Any, Final
 from helexa.neuron import host_messages
 from helexa.neuron.harness import open_harness
 from helexa.neuron.host_messages import Event, Failed, Load, Loaded, Order, Progress, Quit, Ready
+from helexa.neuron.orphans import die_with, take_stdout
 
-PR_SET_PDEATHSIG: Final = 1
-OOM_SCORE: Final = "500"  # when memory runs out, a model goes before the daemon does
 ERROR_LIMIT: Final = 4000  # characters of a reason
 
 
@@ -67,9 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, default=None, help="process id of the daemon; without it this one ends")
     args = parser.parse_args(argv)
 
-    events = Events(os.dup(1))
-    os.dup2(2, 1)
-    _die_with(args.parent)
+    events = Events(take_stdout())
+    die_with(args.parent)
     # Ctrl-C and a service manager's SIGTERM reach the whole group: the daemon drains, and then ends its hosts itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -97,19 +94,6 @@ def main(argv: list[str] | None = None) -> int:
     if engine is not None:
         engine.close()
     return 0
-
-
-def _die_with(parent: int | None) -> None:
-    """Let the kernel end this process when the daemon's spawning thread ends; where it ended already, end now."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0)
-        try:
-            with open("/proc/self/oom_score_adj", "w") as score:
-                score.write(OOM_SCORE)
-        except OSError:
-            pass  # a container may forbid it
-    if parent is not None and os.getppid() != parent:
-        os._exit(0)
 
 
 def _reason(err: BaseException) -> str:

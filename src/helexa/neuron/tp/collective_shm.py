@@ -1,0 +1,171 @@
+"""Sums between CPU ranks of one host through one mapping.
+
+Layout: a page of counters (one cache line a rank, and one for the word that says that the group failed), then for each
+rank two buffers, used by turns. A rank writes its part into its buffer of this turn, publishes the turn's number, waits
+until every rank has published it, and adds all parts in the order of the ranks, so that every rank gets the same bits.
+Nobody may overwrite a buffer that is still being read: writing turn n + 2 comes after having waited for n + 1, which a
+rank publishes only when it has read n.
+
+The order "data, then counter" holds between processes where the machine keeps stores in order: x86. Elsewhere this
+backend is not offered.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import time
+from typing import Any, Final
+
+from helexa.neuron.tp.collective import CollectiveFailed, CollectiveUnavailable
+from helexa.neuron.tp.comm import Comm
+
+LINE: Final = 8  # words of 8 bytes: a cache line
+PAGE: Final = 4096
+BUFFER: Final = 1 << 20  # bytes a rank and turn; longer tensors go in pieces
+SPINS: Final = 200  # looks before the core is given away; more gains nothing where ranks have cores of their own
+LOOKS_A_CLOCK: Final = 256
+VIEWS: Final = 64  # shapes whose tensors are kept; a model's decode has a few, prefill any number
+
+
+class ShmCollective:
+    """Owned by one thread; `abort` may come from any."""
+
+    def __init__(self, comm: Comm, rank: int, world_size: int, *, timeout_s: float, buffer: int = BUFFER) -> None:
+        if platform.machine() not in ("x86_64", "AMD64"):
+            raise CollectiveUnavailable(f"shm needs x86 and this is {platform.machine()}; use gloo")
+        if (world_size + 1) * LINE * 8 > PAGE:
+            raise CollectiveUnavailable(f"shm is for at most {PAGE // LINE // 8 - 1} ranks")
+        import torch
+
+        self._torch = torch
+        self.rank, self.world_size = rank, world_size
+        self._timeout_s = timeout_s
+        self._buffer = buffer
+        self._turn = 0
+        size = PAGE + world_size * 2 * buffer
+        fd = _shared(comm.store, size, create=rank == 0, timeout_s=timeout_s)
+        try:
+            self._map = mmap.mmap(fd, size)
+        finally:
+            os.close(fd)
+        self._words = memoryview(self._map).cast("q")
+        self._views: dict[tuple[Any, int, int], list[Any]] = {}
+        self.barrier()
+
+    def all_reduce(self, tensor: Any) -> None:
+        """HOT, twice a layer and step. Bench: bench/tp."""
+        flat = tensor.view(-1)
+        most = self._buffer // flat.element_size()
+        for start in range(0, flat.numel(), most):
+            self._sum(flat[start : start + most] if flat.numel() > most else flat)
+
+    def _sum(self, piece: Any) -> None:
+        views = self._parts(piece.dtype, piece.numel())
+        views[self.rank].copy_(piece)
+        self._meet()
+        self._torch.add(views[0], views[1], out=piece) if self.world_size > 1 else piece.copy_(views[0])
+        for view in views[2:]:
+            piece.add_(view)
+
+    def gather(self, tensor: Any) -> list[Any] | None:
+        torch = self._torch
+        rows = tensor.numel() // tensor.shape[-1]
+        widths = torch.zeros(self.world_size, dtype=torch.int64)
+        widths[self.rank] = tensor.shape[-1]
+        self.all_reduce(widths)
+        flat = tensor.contiguous().view(-1)
+        sizes = [rows * int(w) for w in widths]
+        out = [tensor.new_empty((*tensor.shape[:-1], int(w))) for w in widths] if self.rank == 0 else None
+        most = self._buffer // flat.element_size()
+        for start in range(0, max(sizes), most):
+            counts = [max(0, min(most, size - start)) for size in sizes]
+            mine = counts[self.rank]
+            if mine:
+                self._parts(flat.dtype, mine)[self.rank].copy_(flat[start : start + mine])
+            else:
+                self._turn += 1
+            self._meet()
+            if out is not None:
+                for rank, count in enumerate(counts):
+                    if count:
+                        view = self._view(flat.dtype, count, self._turn % 2)[rank]
+                        out[rank].view(-1)[start : start + count].copy_(view)
+        return out
+
+    def barrier(self) -> None:
+        self._turn += 1
+        self._meet()
+
+    def count_ranks(self) -> int:
+        one = self._torch.ones(1)
+        self.all_reduce(one)
+        return int(one.item())
+
+    def abort(self) -> None:
+        self._words[self.world_size * LINE] = 1
+
+    def close(self) -> None:
+        # The mapping goes with the last that looks into it: a thread that still waits here must find it.
+        self._views.clear()
+
+    def _parts(self, dtype: Any, count: int) -> list[Any]:
+        """Every rank's buffer of the next turn, as tensors."""
+        self._turn += 1
+        return self._view(dtype, count, self._turn % 2)
+
+    def _view(self, dtype: Any, count: int, which: int) -> list[Any]:
+        key = (dtype, count, which)
+        views = self._views.get(key)
+        if views is None:
+            if len(self._views) >= VIEWS:
+                self._views.clear()
+            views = self._views[key] = [
+                self._torch.frombuffer(
+                    self._map, dtype=dtype, count=count, offset=PAGE + (2 * rank + which) * self._buffer
+                )
+                for rank in range(self.world_size)
+            ]
+        return views
+
+    def _meet(self) -> None:
+        """Publish the turn, and wait for every rank to."""
+        words, turn = self._words, self._turn
+        words[self.rank * LINE] = turn
+        failed = self.world_size * LINE
+        deadline = 0.0
+        for rank in range(self.world_size):
+            looks = 0
+            while words[rank * LINE] < turn:
+                looks += 1
+                if looks <= SPINS:
+                    continue
+                os.sched_yield()
+                if looks % LOOKS_A_CLOCK:
+                    continue
+                now = time.monotonic()
+                deadline = deadline or now + self._timeout_s
+                if words[failed] or now > deadline:
+                    words[failed] = 1
+                    raise CollectiveFailed(f"rank {self.rank} waited for rank {rank}, which did not come")
+        if words[failed]:
+            raise CollectiveFailed(f"rank {self.rank}: the group was ended by another rank")
+
+
+def _shared(path: str, size: int, *, create: bool, timeout_s: float) -> int:
+    """A descriptor of the mapping's file. The leader makes it whole under another name, so that nobody maps half."""
+    if create:
+        made = f"{path}.new"
+        fd = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        os.ftruncate(fd, size)
+        os.rename(made, path)
+        return fd
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise CollectiveFailed(f"the leader did not come within {timeout_s:g} s") from None
+            time.sleep(0.001)
