@@ -117,10 +117,15 @@ def neuron(folder: Path, *, cores: str, toml: str = "") -> Iterator[Program]:
 
 @contextmanager
 def cortex(
-    folder: Path, *nodes: Program, cores: str, models: bool = True, serve: Sequence[str | Path] = ()
+    folder: Path,
+    *nodes: Program,
+    cores: str,
+    models: bool = True,
+    serve: Sequence[str | Path] = (),
+    catalogue: str = "",
 ) -> Iterator[Program]:
     """A gateway in front of these nodes; up when it answers, and has seen a model where they have some. serve: what is
-    run with --config, in place of `cortex serve`."""
+    run with --config, in place of `cortex serve`. catalogue: the text of its models.toml."""
     port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "cortex.toml"
@@ -132,6 +137,7 @@ def cortex(
             for name, node in zip(names, nodes, strict=True)
         )
     )
+    (folder / "models.toml").write_text(catalogue)
     command = [*(serve or (Path(sys.executable).parent / "cortex", "serve")), "--config", config]
     with running(command, cores=cores, log=folder / "cortex.log", env={"PYTHONPATH": OURS}) as tree:
         wait_for_port(port, tree)

@@ -4,8 +4,9 @@
 
 SmolLM2 and Gemma, by turns: unload, until the process is gone and the memory back; load; first token. Once on a node
 that keeps a started host waiting (the default), once on one that does not. Beside it, in processes of their own: how
-long a host takes to start, to load the same file, and how long the engine alone takes for it. The files are in the
-page cache; where they are not, the disk's time comes on top.
+long a host takes to start, to load the same file, and how long the engine alone takes for it. Last the whole through a
+gateway: a request for the one while the other has the memory, to its first token. The files are in the page cache;
+where they are not, the disk's time comes on top.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,11 +29,12 @@ import uvloop
 from bench.engine.client import Side, ask_at_once
 from bench.measure import machine, memory_mb, scratch, spread, table
 from bench.models import gemma, smollm2
-from bench.nodes import OURS, Program, neuron, versions
+from bench.nodes import OURS, Program, cortex, neuron, versions
 
 CONTEXT: Final = 2048
 SLOTS: Final = 2
 SETTLED_S: Final = 0.3
+RESIDENCY_S: Final = 1.0  # a model stays for half its load's time at least
 
 # The engine without any of us but for the options: import, then the load itself.
 BARE: Final = """
@@ -116,6 +119,60 @@ def first_token_s(node: Program, model: str) -> float:
     return answer.first_s
 
 
+def through_gateway(
+    folder: Path, files: dict[str, Path], rounds: int, cores: str, threads: int
+) -> dict[str, list[dict[str, float]]]:
+    """Where the milliseconds of a request go that finds the other model in its place, by model."""
+    with neuron(folder / "asked", cores=cores) as asked:
+        needs = []
+        for model, file in files.items():
+            order = {"model_id": model, "source": str(file), "context": CONTEXT, "slots": SLOTS, "threads": threads}
+            devices = asked.ask("POST", "/models/estimate", order)["devices"]
+            needs.append(sum(d["weights_mb"] + d["kv_mb"] + d["overhead_mb"] for d in devices))
+    catalogue = "".join(
+        f'[[models]]\nid = "{model}"\nsource = "{file}"\ncontext = {CONTEXT}\nslots = {SLOTS}\nthreads = {threads}\n'
+        for model, file in files.items()
+    )
+    seen: dict[str, list[dict[str, float]]] = defaultdict(list)
+    limit = f"memory_limit_mb = [{max(needs) + min(needs) // 2}]"
+    with (
+        neuron(folder / "behind", cores=cores, toml=limit) as node,
+        cortex(folder / "gateway", node, cores=cores, models=False, catalogue=catalogue) as gateway,
+    ):
+        for n in range(rounds + 1):
+            for model in files:
+                waits_for_spare(node)
+                time.sleep(RESIDENCY_S)
+                before = len(log_of(node))
+                asked_at = time.time()
+                first_s = first_token_s(gateway, model)
+                if n:  # the first round fills the caches
+                    seen[model].append(parts_of(log_of(node)[before:], model, asked_at, first_s))
+    return seen
+
+
+def parts_of(log: list[dict[str, Any]], model: str, asked_at: float, first_s: float) -> dict[str, float]:
+    """From the node's log, which says when a model became what."""
+    other = next(line["model"] for line in log if line["event"] == "model unloading")
+    marks = {
+        "until it unloads": (other, "unloading"),
+        "unload": (other, "unloaded"),
+        "until it loads": (model, "loading"),
+        "load": (model, "loaded"),
+    }
+    parts, last = {}, asked_at
+    for part, (whose, state) in marks.items():
+        line = next(line for line in log if line["event"] == f"model {state}" and line["model"] == whose)
+        at = datetime.fromisoformat(line["timestamp"]).timestamp()
+        parts[part], last = (at - last) * 1000, at
+    return {**parts, "first token": (asked_at + first_s - last) * 1000, "in all": first_s * 1000}
+
+
+def log_of(node: Program) -> list[dict[str, Any]]:
+    lines = node.tree.log.read_text(errors="replace").splitlines()
+    return [line for line in map(json.loads, (text for text in lines if text.startswith("{"))) if "event" in line]
+
+
 def by_itself(spec: dict[str, Any], folder: Path) -> tuple[float, float, float]:
     """A host that we start ourselves: ms until it is ready, ms of its load; and ms of the engine's own load."""
     env = {**os.environ, "PYTHONPATH": OURS, "GGML_NO_BACKTRACE": "1"}
@@ -184,6 +241,7 @@ def main() -> None:
                 alone[model].append(by_itself(plain.spec(model), folder))
             print(f"round {n + 1} of {given.rounds} done", file=sys.stderr)
 
+    asked = through_gateway(folder, files, given.rounds, given.cores, given.threads)
     print(f"{machine()}\n{versions()}")
     print(
         f"{', '.join(f'{m}: {f.name}, {f.stat().st_size >> 20} MB' for m, f in files.items())}; {SLOTS} slots of "
@@ -216,8 +274,24 @@ def main() -> None:
         ]
         for model, seen in alone.items()
     ]
+    whole = [
+        [
+            model,
+            *(spread([s[part] for s in swaps_seen], 0) for part in swaps_seen[0]),
+            spread(beyond(swaps_seen, alone[model]), 0),
+        ]
+        for model, swaps_seen in asked.items()
+    ]
     head = ["by itself", "host start", "load in a started host", "engine's own load, bare process", "host holds, MB"]
     table(head, rows)
+    print()
+    table(["request for", *next(iter(asked.values()))[0], "beyond the engine's load"], whole)
+
+
+def beyond(asked: list[dict[str, float]], alone: list[tuple[float, float, float]]) -> list[float]:
+    """What a swap takes longer than the median of the engine's own loads."""
+    own = statistics.median(times[2] for times in alone)
+    return [parts["in all"] - own for parts in asked]
 
 
 if __name__ == "__main__":
