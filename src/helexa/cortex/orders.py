@@ -28,6 +28,7 @@ log = logs.get("cortex.orders")
 
 # A node answers a load once it knows the file and the memory; that may include asking the Hub about a repository.
 ANSWER_S: Final = 60.0
+DEFRAG_S: Final = 1800.0  # every loaded model of the node is loaded anew
 ESTIMATE_S: Final = 5.0  # a header is read in milliseconds; without an estimate the plan goes by what else is known
 LOOK_S: Final = 5.0
 
@@ -142,11 +143,11 @@ class Orders:
         )
 
     async def defrag(self, node: Node) -> dict[str, Any] | Failure:
-        """POST /defrag: its memory before and after; or why not."""
+        """POST /defrag: its memory before and after, and which models' hosts were recycled; or why not."""
         try:
-            answer = await node.upstream.fetch("POST", "/defrag", b"{}", timeout_s=ANSWER_S)
+            answer = await node.upstream.fetch("POST", "/defrag", b"{}", timeout_s=DEFRAG_S)
             if answer.status == 200:
-                return {key: answer.json().get(key) for key in ("before", "after")}
+                return {key: answer.json().get(key) for key in ("before", "after", "recycled")}
         except (OSError, TimeoutError, ValueError, AttributeError) as err:
             return Failure(node.name, Kind.GONE, words(err))
         return Failure(node.name, Kind.BUSY, load_failures.refusal_message(answer.body))

@@ -84,6 +84,7 @@ class Models:
         self._on_disk: dict[str, StoredModel] = {}
         self._shutdown = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._defrag: asyncio.Task[dict[str, Any]] | None = None
         self._devices = Devices(
             probe, settings.memory_limit_mb, lambda health: publish("device", msgspec.to_builtins(health))
         )
@@ -128,9 +129,10 @@ class Models:
         """All hosts are gone, and the folder of their sockets. Bounded; what still runs is cut. keep: idle models save
         their prompt caches."""
         self.close_admission()
-        for task in self._tasks:
+        tasks = [*self._tasks, *([self._defrag] if self._defrag is not None else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(resident.stop(keep=keep) for resident in self._residents.values()))
         await self._counters.close(refusals.shutting_down)
         await self._hosts.close()
@@ -217,7 +219,18 @@ class Models:
             raise self._unknown(request.id)
 
     async def defrag(self) -> dict[str, Any]:
-        """Give back what was only kept warm: the spare host, freed memory of the daemon. Conflict while in use."""
+        """Start afresh what lives long: the spare, the hosts of loaded models, which come back by themselves, and freed
+        memory of the daemon. Goes on when the caller leaves. Conflict while in use."""
+        if self._defrag is None or self._defrag.done():
+            self._check_idle()
+            self._defrag = asyncio.get_running_loop().create_task(self._recycle(), name="defrag")
+        work = self._defrag
+        await asyncio.wait({work})
+        if work.cancelled():
+            raise refusals.shutting_down()
+        return work.result()
+
+    def _check_idle(self) -> None:
         active = sum(resident.active for resident in self._residents.values())
         working = [resident.id for resident in self._residents.values() if resident.status in BUSY]
         if active or working:
@@ -228,12 +241,22 @@ class Models:
                 code="in_use",
                 details={"active_requests": active},
             )
+
+    async def _recycle(self) -> dict[str, Any]:
+        """One model after the other, so that the node serves the rest; what has come into use meanwhile is left."""
         await self._devices.refresh()
         before = msgspec.to_builtins(self._devices.health())
         await self._hosts.renew_spare()
+        recycled = []
+        for resident in list(self._residents.values()):
+            try:
+                if await resident.recycle():
+                    recycled.append(resident.id)
+            except HelexaError as err:
+                _log.warning("a model did not come back from defragmenting", model=resident.id, error=err.message)
         await asyncio.to_thread(give_back_freed)
         await self._devices.refresh()
-        return {"before": before, "after": msgspec.to_builtins(self._devices.health())}
+        return {"before": before, "after": msgspec.to_builtins(self._devices.health()), "recycled": recycled}
 
     # requests
 

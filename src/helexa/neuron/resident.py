@@ -163,7 +163,7 @@ class Resident:
             self.become(Status.UNLOADING)
         for work in (self._load, self._recovery):
             if work is not None and not work.done():
-                work.cancel()
+                _cancel_soon(work)
                 await asyncio.wait({work})
         if self._unload is None or self._unload.done():
             self._cut.clear()
@@ -182,7 +182,7 @@ class Resident:
             self.seats = None
         for work in (self._load, self._recovery):
             if work is not None and not work.done():
-                work.cancel()
+                _cancel_soon(work)
 
     async def stop(self, *, keep: bool) -> None:
         """Gone, whatever state it is in; bounded by what a host may take to end, and a prompt cache to be saved."""
@@ -218,6 +218,21 @@ class Resident:
         before = sum(placed.claim.measured_mb.values())
         await self._house.devices.measure(placed.claim, serving.host)
         return abs(sum(placed.claim.measured_mb.values()) - before) > before * WORTH_TELLING
+
+    async def recycle(self) -> bool:
+        """A fresh host in place of the one it has. Its memory stays reserved, its prompt cache is kept, and who asks
+        meanwhile is told that it loads. False where it is in use or not up; LoadFailed where it does not come back."""
+        serving = self.serving
+        if serving is None or self.status is not Status.LOADED or serving.seats.active or self._gate.locked():
+            return False
+        self.serving = None
+        self._last_used = max(self._last_used, serving.seats.last_used)
+        self._cut.clear()
+        self.become(Status.RECOVERING)
+        serving.seats.close(self._still_loading)
+        self._recovery = _owned(self._recover(None, serving), f"recycle {self.id}")
+        await self._outcome(self._recovery)
+        return True
 
     def save_ahead(self) -> None:
         """Once a second: what an unload would have to write is written while nobody waits for it."""
@@ -386,19 +401,24 @@ class Resident:
             serving.keeper.close()
         self._recovery = _owned(self._recover(reason, serving), f"recover {self.id}")
 
-    async def _recover(self, reason: str, dead: Serving) -> None:
-        """Load it again, later each time; give up after GIVE_UP failures in a row. Its memory stays reserved."""
+    async def _recover(self, reason: str | None, before: Serving) -> None:
+        """Load it again, later each time; give up after GIVE_UP failures in a row. Its memory stays reserved.
+        reason: why its host died; None: it did not, and ends now."""
         placed = self.placed
         assert placed is not None
         async with self._gate:
             try:
-                await dead.host.close(0)
+                if reason is None:
+                    await self._retire(before, placed)
+                else:
+                    await before.host.close(0)
                 placed.claim.measure({}, {})
                 while True:
-                    self._deaths += 1
-                    if self._deaths > GIVE_UP:
-                        raise LoadFailed(f"{self.id} died {GIVE_UP + 1} times in a row and is given up: {reason}")
-                    await asyncio.sleep(self._house.backoff_s * 2 ** (self._deaths - 1))
+                    if reason is not None:
+                        self._deaths += 1
+                        if self._deaths > GIVE_UP:
+                            raise LoadFailed(f"{self.id} died {GIVE_UP + 1} times in a row and is given up: {reason}")
+                        await asyncio.sleep(self._house.backoff_s * 2 ** (self._deaths - 1))
                     started = time.monotonic()
                     try:
                         self.serving = await self._start(placed)
@@ -415,6 +435,14 @@ class Resident:
                 raise failure from err
             self.load_seconds = round(time.monotonic() - started, 3)
             self._up()
+
+    async def _retire(self, serving: Serving, placed: Placed) -> None:
+        """Save what it knows, and end it, whatever comes."""
+        try:
+            if serving.keeper is not None:
+                await self._unless_cut(serving, serving.keeper.save(serving.seats.last_used), SAVE_S)
+        finally:
+            await _surely(self._close_host(serving, placed, QUIT_S))
 
     async def _run_unload(self, drain_s: float, force: bool, keep: bool) -> None:
         async with self._gate:
@@ -451,17 +479,20 @@ class Resident:
         """The process is gone, its memory is back."""
         self._last_used = max(self._last_used, serving.seats.last_used)
         self.serving = None
+        placed = self.placed
+        assert placed is not None
+        await self._close_host(serving, placed, within_s)
+        self._let_go()
+
+    async def _close_host(self, serving: Serving, placed: Placed, within_s: float) -> None:
         if serving.keeper is not None:
             serving.keeper.close()
         # An engine in this process waits, with the interpreter in its hands, for its server's threads, and those for
         # their clients: a connection of ours that this loop had still to close would never be closed.
         await serving.upstream.cut_off()
-        placed = self.placed
-        assert placed is not None
         before = self._house.devices.says_mb()
         await serving.host.close(within_s)
         await self._house.devices.given_back(placed.claim, before)
-        self._let_go()
 
     def _let_go(self) -> None:
         if self.placed is not None:
@@ -529,6 +560,11 @@ async def _surely(work: Any) -> None:
     if cancelled:
         raise asyncio.CancelledError
     task.result()
+
+
+def _cancel_soon(work: asyncio.Task[None]) -> None:
+    """Once it has begun: a task that is cancelled before its first step never gets to clean up after itself."""
+    asyncio.get_running_loop().call_soon(work.cancel)
 
 
 def _owned(work: Any, name: str) -> asyncio.Task[None]:

@@ -187,6 +187,18 @@ def test_a_crash_loses_nothing_that_was_saved_and_leaves_nothing_half(tmp_path: 
     run(main())
 
 
+def test_a_host_that_is_recycled_keeps_its_conversations(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path) as n:
+            n.model("a", KEEPS)
+            await n.load("a")
+            await talk(n, LONG)
+            assert (await n.models.defrag())["recycled"] == ["a"]
+            assert await talk(n, LONG) == len(LONG)
+
+    run(main())
+
+
 def test_turned_off_nothing_is_written_and_what_was_there_goes(tmp_path: Path) -> None:
     async def main() -> None:
         for keeps in (True, False):

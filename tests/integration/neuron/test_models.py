@@ -282,6 +282,55 @@ def test_defrag_waits_for_nobody(tmp_path: Path) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("isolation", ["process", "none"])
+def test_defrag_gives_every_loaded_model_a_fresh_host(tmp_path: Path, isolation: str) -> None:
+    async def main() -> None:
+        async with nest(tmp_path, isolation=isolation) as n:
+            files = [n.model(name) for name in ("a", "b", "c")]
+            await n.load("a")
+            await n.load("b")
+            before, used = (await n.ask("a")).json()["pid"], n.info("a").vram_used_mb
+            both = await asyncio.gather(n.models.defrag(), n.models.defrag())
+            assert both[0] is both[1]
+            assert both[0]["recycled"] == ["a", "b"]
+            assert n.states("a")[-3:] == ["loaded", "recovering", "loaded"]
+            assert [loads_of(file) for file in files] == [2, 2, 0]
+            assert ((await n.ask("a")).json()["pid"] != before) == (isolation == "process")
+            assert n.info("a").vram_used_mb == used
+            assert n.info("a").error is None
+
+    run(main())
+
+
+def test_a_request_that_comes_while_a_host_is_recycled_is_told_that_it_loads(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path) as n:
+            n.model("a")
+            await n.load("a")
+            work = asyncio.create_task(n.models.defrag())
+            await n.until(lambda: n.info("a").status == "recovering")
+            with pytest.raises(ModelLoading):
+                await n.seat("a")
+            await work
+            await n.ask("a")
+
+    run(main())
+
+
+def test_an_unload_in_the_midst_of_recycling_wins(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path) as n:
+            n.model("a")
+            await n.load("a")
+            work = asyncio.create_task(n.models.defrag())
+            await n.until(lambda: n.info("a").status == "recovering")
+            await n.unload("a")
+            assert (await work)["recycled"] == []
+            assert n.info("a").status == "unloaded"
+
+    run(main())
+
+
 def test_an_estimate_loads_nothing_and_leaves_its_own_model_out_of_account(tmp_path: Path) -> None:
     async def main() -> None:
         async with nest(tmp_path, total_mb=1000) as n:
