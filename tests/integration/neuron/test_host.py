@@ -68,7 +68,8 @@ def host() -> Iterator[Running]:
 @pytest.fixture
 def spec(tmp_path: Path) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="helexa-test-") as folder:
-        yield {"file": str(write_model(tmp_path / "a.gguf")), "socket": f"{folder}/s", "api_key": "k"}
+        file = write_model(tmp_path / "a.gguf")
+        yield {"file": str(file), "socket": f"{folder}/s", "api_key": "k", "states": None}
 
 
 def test_it_is_ready_loads_and_quits(host: Running, spec: dict[str, Any]) -> None:
