@@ -27,7 +27,7 @@ from helexa.neuron.harness.llama import LlamaHarness
 from helexa.neuron.models import Models
 from helexa.neuron.store import Store
 
-CYCLES = {"process": 30, "none": 60}  # a process costs half a second to begin
+CYCLES = 100
 GROWTH_MB = 16  # of this process, pytest's captured log included; an engine that stays shows in its threads, too
 EXECUTOR = min(32, (os.cpu_count() or 1) + 4)  # asyncio's threads, which are made as they are needed and then kept
 
@@ -77,7 +77,7 @@ def held() -> tuple[int, int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("isolation", ["process", "none"])
 def test_many_loads_leave_nothing_behind(tmp_path: Path, isolation: str) -> None:
     tiny = tiny_gguf.chat_model(tmp_path / "tiny.gguf")
@@ -90,7 +90,7 @@ def test_many_loads_leave_nothing_behind(tmp_path: Path, isolation: str) -> None
                     await cycle(m, request)
                 await settled(m)
                 before = held()
-                for _ in range(CYCLES[isolation]):
+                for _ in range(CYCLES):
                     await cycle(m, request)
                 await settled(m)
                 after = held()
@@ -103,7 +103,7 @@ def test_many_loads_leave_nothing_behind(tmp_path: Path, isolation: str) -> None
             assert not children()
             assert not os.listdir(run_dir)
 
-    run(main(), timeout_s=220)
+    run(main(), timeout_s=280)
 
 
 async def settled(m: Models) -> None:

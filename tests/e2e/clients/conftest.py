@@ -8,7 +8,7 @@ import pytest
 from tests.helpers.stage import Stage, stage
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # not longer: other tests count the processes that are left
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     with stage(tmp_path_factory.mktemp("clients")) as ready:
         yield ready
