@@ -84,10 +84,11 @@ def test_a_mistake_in_the_call_is_code_2(cli: Cli, args: list[str]) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_a_rank_is_not_there_yet_and_says_so(cli: Cli) -> None:
-    result = cli("--worker", "--rank", "1", "--world-size", "2", "--device", "1", config=False)
+def test_a_rank_ends_with_its_leader_s_pipe_and_a_wrong_place_is_told(cli: Cli) -> None:
+    assert cli("--worker", "--rank", "1", "--world-size", "2", "--device", "1", config=False).returncode == 0
+    result = cli("--worker", "--rank", "2", "--world-size", "2", "--device", "1", config=False)
     assert result.returncode == 2
-    assert "tensor parallel" in result.stderr
+    assert "--rank is 0 to 1" in result.stderr
     assert result.stdout == ""
 
 
