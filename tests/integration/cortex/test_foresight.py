@@ -75,7 +75,9 @@ def test_the_node_the_victims_and_the_price_are_those_of_the_load_that_follows()
             assert load is not None
             assert (load.need_mb, load.need_by, [d.mb for d in load.devices]) == (5000, "vram_mb", [5000])
             assert [v.model for v in load.victims] == ["odd"]
-            assert sum(v.score for v in load.victims) == pytest.approx(load.price)
+            assert sum(v.score for v in load.victims) == pytest.approx(
+                load.price, rel=0.01
+            )  # a score falls as time goes
             assert reasons(foreseen) == {"a": None, "b": None}
             assert foreseen.weighed[1].victims == ("warm",)
             await gate.loader.ensure("qwen", 1)
