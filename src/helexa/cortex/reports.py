@@ -120,7 +120,7 @@ def _of_nodes(heads: Iterable[str], rows: Iterable[tuple[str, ...]]) -> Renderab
         table.add_column(head, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    return Padding(table, (1, 0, 0, 2))
+    return Padding(table, (1, 0, 0, 2), expand=False)
 
 
 def _clock(at: str) -> str:
