@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ import pytest
 from tests.helpers.aio import run
 from tests.helpers.raw import until
 
+from helexa.neuron.tp import rpc
 from helexa.neuron.tp.comm import Comm
 from helexa.neuron.tp.pool import PoolFailed, WorkerPool
 
@@ -92,12 +94,58 @@ def test_a_rank_that_dies_inside_the_rendezvous_ends_it_for_all(tmp_path: Path, 
     dies = [sys.executable, "-c", code]
 
     async def main() -> None:
+        before = leaders_threads()
         async with pool_of(3, dies) as pool:
             with pytest.raises(PoolFailed, match=r"rank 2 ended \(exit code 3\)"):
                 await pool.init(Comm.new(backend, tmp_path))
             assert not any(psutil.pid_exists(pid) for pid in pool.pids)
+            if backend == "shm":  # torch cannot wake a thread that waits in Gloo; it ends at the init's deadline
+                await until(lambda: leaders_threads() <= before)
 
     run(main(), timeout_s=60)
+
+
+@needs_torch
+def test_a_rank_that_says_no_ends_the_wait_of_those_that_came(tmp_path: Path) -> None:
+    # Rank 2 refuses; rank 1 and the leader would wait for it to the deadline.
+    code = (
+        "import sys\n"
+        "from helexa.neuron.tp import rpc, worker\n"
+        "init = worker.Worker._init\n"
+        "no = rpc.Error(kind='device', message='out of memory')\n"
+        "worker.Worker._init = lambda self, c: no if self.rank == 2 else init(self, c)\n"
+        "sys.exit(worker.main())\n"
+    )
+
+    async def main() -> None:
+        before = leaders_threads()
+        async with pool_of(3, [sys.executable, "-c", code]) as pool:
+            with pytest.raises(PoolFailed) as failed:
+                await pool.init(Comm.new("shm", tmp_path), within_s=100)
+            assert str(failed.value) == "rank 2: device: out of memory", (
+                "what the end of the others looks like is no reason"
+            )
+            await until(lambda: leaders_threads() <= before)
+
+    run(main(), timeout_s=60)
+
+
+def test_every_rank_has_its_frame_before_the_leader_enters(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with pool_of(3) as pool:
+            await pool.ping_all()
+            written = []
+            for rank in pool._ranks:
+                rank.send = lambda request, rank=rank, send=rank.send: (written.append(rank.rank), send(request))[1]  # type: ignore[method-assign]
+
+            def enter() -> list[int]:
+                return list(written)
+
+            seen, pongs = await pool._with_leader(enter, rpc.Ping, rpc.Pong, 10)
+            assert seen == [1, 2]
+            assert [pong.rank for pong in pongs] == [1, 2]
+
+    run(main())
 
 
 @needs_torch
@@ -119,7 +167,7 @@ def test_a_rank_that_does_not_answer_is_named_and_all_are_ended() -> None:
         async with pool_of(3) as pool:
             await pool.ping_all()
             os.kill(pool.pids[1], signal.SIGSTOP)
-            with pytest.raises(PoolFailed, match=r"rank 2 did not answer ping within 0\.3 s"):
+            with pytest.raises(PoolFailed, match=r"rank 2 gave no pong within 0\.3 s"):
                 await pool.ping_all(within_s=0.3)
             assert not any(psutil.pid_exists(pid) for pid in pool.pids)
 
@@ -184,6 +232,10 @@ def test_a_leader_that_is_killed_leaves_no_rank() -> None:
         process.kill()
     assert len(pids) == 2
     run(none_left(pids))
+
+
+def leaders_threads() -> set[int | None]:
+    return {thread.ident for thread in threading.enumerate() if thread.name == "rank-0"}
 
 
 def _open_descriptors() -> int:

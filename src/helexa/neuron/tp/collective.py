@@ -11,6 +11,7 @@ still run. Afterwards the group is good for nothing but `close`.
 from __future__ import annotations
 
 import os
+import threading
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -47,9 +48,18 @@ class Collective(Protocol):
         """Never raises, never waits for a peer."""
 
 
-def open_collective(comm: Comm, rank: int, world_size: int, device: int, *, timeout_s: float = 60.0) -> Collective:
+def open_collective(
+    comm: Comm,
+    rank: int,
+    world_size: int,
+    device: int,
+    *,
+    timeout_s: float = 60.0,
+    ended: threading.Event | None = None,
+) -> Collective:
     """Enter the group: returns when every rank has. device: this rank's, by discovery's index; CPU ranks have no use
-    for it. Raises CollectiveUnavailable, CollectiveFailed."""
+    for it. ended: once it is set, whoever waits here gives up, where the backend can. Raises CollectiveUnavailable,
+    CollectiveFailed."""
     try:
         import torch
     except ImportError as err:
@@ -57,7 +67,7 @@ def open_collective(comm: Comm, rank: int, world_size: int, device: int, *, time
     if comm.backend == "shm":
         from helexa.neuron.tp.collective_shm import ShmCollective
 
-        return ShmCollective(comm, rank, world_size, timeout_s=timeout_s)
+        return ShmCollective(comm, rank, world_size, timeout_s=timeout_s, ended=ended)
     if comm.backend == "nccl" and not torch.cuda.is_available():
         raise CollectiveUnavailable("nccl needs CUDA devices, and torch sees none; use gloo or shm")
     return TorchCollective(comm, rank, world_size, device, timeout_s=timeout_s)

@@ -12,9 +12,11 @@ backend is not offered.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import platform
+import threading
 import time
 from typing import Any, Final
 
@@ -32,7 +34,16 @@ VIEWS: Final = 64  # shapes whose tensors are kept; a model's decode has a few, 
 class ShmCollective:
     """Owned by one thread; `abort` may come from any."""
 
-    def __init__(self, comm: Comm, rank: int, world_size: int, *, timeout_s: float, buffer: int = BUFFER) -> None:
+    def __init__(
+        self,
+        comm: Comm,
+        rank: int,
+        world_size: int,
+        *,
+        timeout_s: float,
+        ended: threading.Event | None = None,
+        buffer: int = BUFFER,
+    ) -> None:
         if platform.machine() not in ("x86_64", "AMD64"):
             raise CollectiveUnavailable(f"shm needs x86 and this is {platform.machine()}; use gloo")
         if (world_size + 1) * LINE * 8 > PAGE:
@@ -42,6 +53,7 @@ class ShmCollective:
         self._torch = torch
         self.rank, self.world_size = rank, world_size
         self._timeout_s = timeout_s
+        self._ended = ended
         self._buffer = buffer
         self._turn = 0
         size = PAGE + world_size * 2 * buffer
@@ -71,7 +83,7 @@ class ShmCollective:
 
     def gather(self, tensor: Any) -> list[Any] | None:
         torch = self._torch
-        rows = tensor.numel() // tensor.shape[-1]
+        rows = math.prod(tensor.shape[:-1])  # a rank's part may have no width
         widths = torch.zeros(self.world_size, dtype=torch.int64)
         widths[self.rank] = tensor.shape[-1]
         self.all_reduce(widths)
@@ -146,7 +158,7 @@ class ShmCollective:
                     continue
                 now = time.monotonic()
                 deadline = deadline or now + self._timeout_s
-                if words[failed] or now > deadline:
+                if words[failed] or now > deadline or (self._ended is not None and self._ended.is_set()):
                     words[failed] = 1
                     raise CollectiveFailed(f"rank {self.rank} waited for rank {rank}, which did not come")
         if words[failed]:

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar, cast
 
 from helexa.core import logs
 from helexa.neuron.tp import rpc
-from helexa.neuron.tp.collective import Collective, open_collective
+from helexa.neuron.tp.collective import Collective, CollectiveFailed, open_collective
 from helexa.neuron.tp.comm import Comm
 
 _log = logs.get("neuron.tp")
@@ -27,6 +27,7 @@ INIT_S: Final = 120.0  # torch's import among it
 CHECK_S: Final = 60.0
 SHUTDOWN_S: Final = 5.0
 REAP_S: Final = 5.0
+LAST_WORDS_S: Final = 0.5  # for output that is still in the pipes of a process that ended
 TAIL_LINES: Final = 5
 
 T = TypeVar("T")
@@ -49,6 +50,7 @@ class Rank(asyncio.SubprocessProtocol):
         self._lines = {1: rpc.Lines(), 2: rpc.Lines(limit=1 << 20)}
         self._waiting: dict[int, asyncio.Future[rpc.Response]] = {}
         self._ids = 0
+        self._pipes_open = len(self._lines)
         self._leaving = False
 
     @property
@@ -65,28 +67,30 @@ class Rank(asyncio.SubprocessProtocol):
         # A session of its own: Ctrl-C on a terminal is for the daemon.
         await loop.subprocess_exec(lambda: self, *command, start_new_session=True)
 
-    async def ask(self, request: rpc.Request, answer: type[R], within_s: float) -> R:
-        """One request and its response. Raises PoolFailed, also where the response is another one."""
+    def send(self, request: rpc.Request) -> asyncio.Future[rpc.Response]:
+        """Written when it returns. The future is the response, or PoolFailed where the rank ends before it."""
         self._ids += 1
         request.id = self._ids
-        waiting = self._waiting[request.id] = asyncio.get_running_loop().create_future()
+        response: asyncio.Future[rpc.Response] = asyncio.get_running_loop().create_future()
         stdin = cast("asyncio.WriteTransport", self._transport.get_pipe_transport(0))
         if self.gone.is_set() or stdin.is_closing():
-            del self._waiting[self._ids]
-            raise PoolFailed(f"rank {self.rank} has ended{self._last_words()}")
-        stdin.write(rpc.line(request))
-        op = type(request).__struct_config__.tag
+            response.set_exception(PoolFailed(f"rank {self.rank} has ended{self._last_words()}"))
+        else:
+            self._waiting[request.id] = response
+            stdin.write(rpc.line(request))
+        return response
+
+    async def receive(self, sent: asyncio.Future[rpc.Response], answer: type[R], within_s: float) -> R:
+        """What `send` waits for. Raises PoolFailed, also where it is another response."""
         try:
             async with asyncio.timeout(within_s):
-                response = await waiting
+                response = await sent
         except TimeoutError:
-            raise PoolFailed(f"rank {self.rank} did not answer {op} within {within_s:g} s") from None
-        finally:
-            self._waiting.pop(request.id, None)
+            raise PoolFailed(f"rank {self.rank} gave no {_op_of(answer)} within {within_s:g} s") from None
         if isinstance(response, rpc.Error):
-            raise PoolFailed(f"rank {self.rank}: {op}: {response.kind}: {response.message}")
+            raise PoolFailed(f"rank {self.rank}: {response.kind}: {response.message}")
         if not isinstance(response, answer):
-            raise PoolFailed(f"rank {self.rank} answered {op} with {response!r}")
+            raise PoolFailed(f"rank {self.rank} answered with {response!r}, not {_op_of(answer)}")
         return response
 
     async def leave(self, within_s: float) -> None:
@@ -94,7 +98,7 @@ class Rank(asyncio.SubprocessProtocol):
         self._leaving = True
         try:
             async with asyncio.timeout(within_s):
-                await self.ask(rpc.Shutdown(), rpc.Bye, within_s)
+                await self.receive(self.send(rpc.Shutdown()), rpc.Bye, within_s)
                 await self.gone.wait()
         except (PoolFailed, TimeoutError) as err:
             if not self.gone.is_set():
@@ -103,6 +107,8 @@ class Rank(asyncio.SubprocessProtocol):
 
     async def kill(self) -> None:
         self._leaving = True
+        if self._transport is None:
+            return  # it was never started
         if not self.gone.is_set():
             try:
                 self._transport.kill()
@@ -128,7 +134,23 @@ class Rank(asyncio.SubprocessProtocol):
                 self.tail.append(text[:500])
                 _log.info(text, rank=self.rank, pid=self.pid)
 
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if fd in self._lines:
+            self._pipes_open -= 1
+            if not self._pipes_open and self._transport.get_returncode() is not None:
+                self._end()
+
     def process_exited(self) -> None:
+        if self._pipes_open:  # its last frame may be on its way, unless a process that it left behind holds the pipes
+            asyncio.get_running_loop().call_later(LAST_WORDS_S, self._end)
+        else:
+            self._end()
+
+    # ours
+
+    def _end(self) -> None:
+        if self.gone.is_set():
+            return
         self.gone.set()
         reason = f"rank {self.rank} ended ({self._how()}){self._last_words()}"
         for waiting in self._waiting.values():
@@ -137,15 +159,13 @@ class Rank(asyncio.SubprocessProtocol):
         if not self._leaving:
             self._failed(reason)
 
-    # ours
-
     def _response(self, line: bytes | None) -> None:
         try:
             response = rpc.read_response(line if line is not None else b"")
         except ValueError as err:
             self._failed(f"rank {self.rank} sent what is no frame ({err}): {(line or b'')[:200]!r}")
             return
-        waiting = self._waiting.get(response.id) if response.id is not None else None
+        waiting = self._waiting.pop(response.id, None) if response.id is not None else None
         if waiting is None:
             # An answer to a request that timed out, or to none: never the answer to the next one.
             _log.warning("a rank answered what nobody waits for", rank=self.rank, answer=repr(response)[:200])
@@ -171,7 +191,8 @@ class WorkerPool:
         self.failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.collective: Collective | None = None
         self._ranks: list[Rank] = []
-        self._end: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._ended = threading.Event()  # no group is to be entered any more; the leader's own thread looks at it
 
     @classmethod
     async def spawn(cls, program: Sequence[str], world_size: int, devices: Sequence[int]) -> WorkerPool:
@@ -183,11 +204,11 @@ class WorkerPool:
         try:
             for rank in range(1, world_size):
                 made = Rank(rank, devices[rank], pool._rank_failed)
-                await made.start(program, world_size)
                 pool._ranks.append(made)
+                await made.start(program, world_size)
         except OSError as err:
             await pool.close()
-            raise PoolFailed(f"rank {len(pool._ranks) + 1} could not be started: {program[0]}: {err}") from err
+            raise PoolFailed(f"rank {len(pool._ranks)} could not be started: {program[0]}: {err}") from err
         except BaseException:
             await pool.close()
             raise
@@ -215,14 +236,17 @@ class WorkerPool:
 
     async def init(self, comm: Comm, device: int = 0, within_s: float = INIT_S) -> Collective:
         """Every rank is told before the leader enters its own side. Raises PoolFailed; the ranks are gone then."""
-        entered, _ = await self._with_leader(
-            lambda: open_collective(comm, 0, self.world_size, device, timeout_s=within_s),
-            lambda: rpc.Init(comm_id=comm.id),
-            rpc.InitOk,
-            within_s,
-        )
-        self.collective = entered
-        return entered
+
+        def enter() -> Collective:
+            group = open_collective(comm, 0, self.world_size, device, timeout_s=within_s, ended=self._ended)
+            if self._ended.is_set():  # while it came together, a rank failed
+                group.close()
+                raise CollectiveFailed("the group was ended")
+            return group
+
+        group, _ = await self._with_leader(enter, lambda: rpc.Init(comm_id=comm.id), rpc.InitOk, within_s)
+        self.collective = group
+        return group
 
     async def sanity_check(self, within_s: float = CHECK_S) -> None:
         """Sum a one of each rank; every rank must see them all."""
@@ -240,49 +264,45 @@ class WorkerPool:
         """Every rank says bye and is reaped; one that does not is killed."""
         self._leave_group()
         await asyncio.gather(*(rank.leave(within_s) for rank in self._ranks))
-        await self._ended()
+        await self._end_seen()
 
     async def close(self) -> None:
         """Every rank is killed and reaped. Idempotent."""
         self._leave_group()
         await asyncio.gather(*(rank.kill() for rank in self._ranks))
-        await self._ended()
+        await self._end_seen()
 
     # inside
 
     async def _all(self, request: Callable[[], rpc.Request], answer: type[R], within_s: float) -> list[R]:
-        """The same of each rank, at once. Raises PoolFailed, with every rank's reason; the ranks are gone then."""
-        asked = [rank.ask(request(), answer, within_s) for rank in self._ranks]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        reasons = [str(given) for given in answers if isinstance(given, BaseException)]
-        if reasons:
-            raise await self._broken("; ".join(reasons))
-        return cast("list[R]", answers)
+        """The same of each rank, at once. Raises PoolFailed with what went wrong; the ranks are gone then."""
+        return await self._settle(self._send(request, answer, within_s))
+
+    def _send(self, request: Callable[[], rpc.Request], answer: type[R], within_s: float) -> list[asyncio.Future[R]]:
+        """Written to every rank when it returns."""
+        sent = [(rank, rank.send(request())) for rank in self._ranks]
+        return [asyncio.ensure_future(rank.receive(response, answer, within_s)) for rank, response in sent]
 
     async def _with_leader(
         self, enter: Callable[[], T], request: Callable[[], rpc.Request], answer: type[R], within_s: float
     ) -> tuple[T, list[R]]:
-        """What every rank does together, the leader in a thread. The ranks' errors end it, whatever the leader does."""
-        ranks = asyncio.ensure_future(self._all(request, answer, within_s))
-        await asyncio.sleep(0)  # the frames are written in this turn of the loop
-        leader = _in_thread(enter)
-        try:
-            both: set[asyncio.Future[Any]] = {ranks, leader}
-            done, _ = await asyncio.wait(both, timeout=within_s, return_when=asyncio.FIRST_EXCEPTION)
-            if ranks in done and ranks.exception() is not None:
-                raise ranks.exception()  # type: ignore[misc]
-            if leader in done and leader.exception() is not None:
-                raise await self._broken(f"rank 0: {leader.exception()}")
-            if leader not in done or ranks not in done:
-                raise await self._broken(f"the group did not come together within {within_s:g} s")
-            return leader.result(), ranks.result()
-        finally:
-            for task in (ranks, leader):
-                if not task.done():
-                    task.cancel()
-                    # the leader's thread ends with the ranks it waits for
-                elif not task.cancelled():
-                    task.exception()
+        """What every rank does together, the leader in a thread. Whoever fails first ends it for all."""
+        ranks = self._send(request, answer, within_s)
+        leader = _in_thread(enter, within_s)
+        _, *answers = await self._settle(cast("list[asyncio.Future[Any]]", [leader, *ranks]))
+        return leader.result(), answers
+
+    async def _settle(self, asked: list[asyncio.Future[R]]) -> list[R]:
+        """Every result. The first failure ends the pool; the reasons are those that were there before that."""
+        if asked:
+            await asyncio.wait(asked, return_when=asyncio.FIRST_EXCEPTION)
+        reasons = [str(error) for future in asked if future.done() and (error := future.exception()) is not None]
+        if reasons:
+            broken = await self._broken("; ".join(reasons))
+            for future in asked:
+                future.add_done_callback(_seen)
+            raise broken
+        return [future.result() for future in asked]
 
     async def _broken(self, reason: str) -> PoolFailed:
         """A group with one bad rank has none: all are killed, undrained."""
@@ -294,28 +314,39 @@ class WorkerPool:
             return
         self.failed.set_result(reason)
         _log.error("a rank failed; the others are ended with it", reason=reason)
-        if self.collective is not None:
-            self.collective.abort()
-        self._end = asyncio.get_running_loop().create_task(self.close())
+        self._leave_group()
+        self._ending = asyncio.get_running_loop().create_task(self.close())
 
     def _leave_group(self) -> None:
+        self._ended.set()
         collective, self.collective = self.collective, None
         if collective is not None:
             collective.abort()
             collective.close()
 
-    async def _ended(self) -> None:
-        end = self._end
-        if end is not None and end is not asyncio.current_task() and not end.done():
-            await end
+    async def _end_seen(self) -> None:
+        ending = self._ending
+        if ending is not None and ending is not asyncio.current_task():
+            await ending
 
 
-def _in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
-    """Its own thread, and no pool's: one that hangs in a collective must not hold up the end of the process."""
+def _op_of(frame: type[rpc.Frame]) -> str:
+    return str(frame.__struct_config__.tag)
+
+
+def _seen(future: asyncio.Future[Any]) -> None:
+    """Its error was told with another's, and is no unheard one."""
+    if not future.cancelled():
+        future.exception()
+
+
+def _in_thread(call: Callable[[], T], within_s: float) -> asyncio.Future[T]:
+    """Its own thread, and no pool's: one that hangs in a collective must not hold up the end of the process. The
+    future fails with PoolFailed."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def settle(result: T | None, error: BaseException | None) -> None:
+    def settle(result: T | None, error: PoolFailed | None) -> None:
         if future.done():
             return
         if error is not None:
@@ -324,16 +355,18 @@ def _in_thread(call: Callable[[], T]) -> asyncio.Future[T]:
             future.set_result(cast("T", result))
 
     def run() -> None:
+        outcome: tuple[T | None, PoolFailed | None]
         try:
-            result = call()
-        except BaseException as err:
-            outcome: tuple[T | None, BaseException | None] = (None, err)
-        else:
-            outcome = (result, None)
+            outcome = call(), None
+        except Exception as err:
+            outcome = None, PoolFailed(f"rank 0: {err}")
         try:
             loop.call_soon_threadsafe(settle, *outcome)
         except RuntimeError:
             pass  # the loop has ended
 
     threading.Thread(target=run, name="rank-0", daemon=True).start()
+    late = PoolFailed(f"rank 0 was not done within {within_s:g} s")
+    timer = loop.call_later(within_s, settle, None, late)
+    future.add_done_callback(lambda _: timer.cancel())
     return future
