@@ -21,7 +21,8 @@ from helexa.core.discovery import NodeHealth
 from helexa.core.lifecycle import ModelInfo, ModelLimits
 from helexa.cortex import placement, prefixes, router
 from helexa.cortex.eviction import POLICIES, Resident
-from helexa.cortex.fleet import Fleet, Replica
+from helexa.cortex.fleet import Fleet
+from helexa.cortex.nodes import Replica
 from helexa.cortex.plans import DeviceView, Need, NodeView, NoPlan, Plan, Wanted
 from helexa.cortex.prefixes import Prompt
 from helexa.cortex.router import ModelRouter

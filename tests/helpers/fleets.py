@@ -11,7 +11,8 @@ from helexa.core.catalogue import Catalogue, ModelProfile
 from helexa.core.config import CortexSettings, NeuronEntry
 from helexa.core.discovery import DeviceHealth, NodeHealth
 from helexa.core.lifecycle import ModelInfo
-from helexa.cortex.fleet import Fleet, Node
+from helexa.cortex.fleet import Fleet
+from helexa.cortex.nodes import Node
 
 
 def settings(*names: str, **changes: Any) -> CortexSettings:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from helexa.core.config import Bounds
 from helexa.core.errors import Overloaded
 from helexa.core.fair_queue import FairQueue, has_share, retry_after_s
-from helexa.cortex.fleet import Fleet, Node, Replica
+from helexa.cortex.fleet import Fleet
+from helexa.cortex.nodes import Node, Replica
 
 
 @dataclass(frozen=True, slots=True)

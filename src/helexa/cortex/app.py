@@ -34,7 +34,8 @@ from helexa.cortex import responses_api
 from helexa.cortex.control import ControlPlane, metrics_response
 from helexa.cortex.director import CortexDirector
 from helexa.cortex.fleet import Fleet
-from helexa.cortex.loader import Loader, LoadRecord
+from helexa.cortex.loader import Loader
+from helexa.cortex.loads import LoadRecord
 from helexa.cortex.metrics import Metrics
 from helexa.cortex.poller import Poller
 from helexa.cortex.reload import Files, Read, Reloader

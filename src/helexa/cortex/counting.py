@@ -16,7 +16,8 @@ from helexa.core.catalogue import ModelProfile
 from helexa.core.errors import HelexaError, ModelLoading, NoNode
 from helexa.core.lifecycle import ModelInfo, ModelStatus
 from helexa.cortex import refusals, router
-from helexa.cortex.fleet import Fleet, Node, Replica
+from helexa.cortex.fleet import Fleet
+from helexa.cortex.nodes import Node, Replica
 
 PATH: Final = "/v1/tokens/count"
 

@@ -33,9 +33,10 @@ from helexa.core.request_log import RequestLog
 from helexa.cortex import counting, prefixes, refusals, too_long
 from helexa.cortex.admission import Admission
 from helexa.cortex.fallbacks import Fallbacks
-from helexa.cortex.fleet import Fleet, Replica
+from helexa.cortex.fleet import Fleet
 from helexa.cortex.loader import Loader
 from helexa.cortex.metrics import OTHER, Metrics
+from helexa.cortex.nodes import Replica
 from helexa.cortex.prefixes import Prompt
 from helexa.cortex.pursuit import NodeRoute, Pursuit, deadline_of, tell_all
 from helexa.cortex.router import choose

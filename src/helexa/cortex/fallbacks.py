@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from helexa.core.errors import HelexaError
-from helexa.cortex.fleet import Replica
+from helexa.cortex.nodes import Replica
 
 
 @dataclass(frozen=True, slots=True)

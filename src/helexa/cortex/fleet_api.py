@@ -17,8 +17,9 @@ from starlette.routing import Route
 from helexa.core import logs
 from helexa.core.errors import BadRequest, NotFound, nearest
 from helexa.cortex import decisions
-from helexa.cortex.fleet import Fleet, Node
+from helexa.cortex.fleet import Fleet
 from helexa.cortex.loader import Loader
+from helexa.cortex.nodes import Node
 
 _encode = msgspec.json.Encoder().encode
 

@@ -20,7 +20,8 @@ from helexa.cortex import load_failures, placement, router, swapper
 from helexa.cortex.decisions import NODES_SHOWN, Weighed, weighed
 from helexa.cortex.eviction import Policy
 from helexa.cortex.fallbacks import Outlook, first_in_time, loaded
-from helexa.cortex.fleet import Fleet, Node, Replica, why_not_up
+from helexa.cortex.fleet import Fleet
+from helexa.cortex.nodes import Node, Replica, why_not_up
 from helexa.cortex.placer import Found, Placer
 from helexa.cortex.plans import NodeView, NoPlan, Plan
 from helexa.cortex.standing import Standing

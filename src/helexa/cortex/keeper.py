@@ -17,7 +17,8 @@ from helexa.core.errors import HelexaError, ModelNotServable
 from helexa.core.lifecycle import ModelStatus
 from helexa.cortex.decisions import UPKEEP, Decisions, What
 from helexa.cortex.eviction import expired
-from helexa.cortex.fleet import Fleet, Node
+from helexa.cortex.fleet import Fleet
+from helexa.cortex.nodes import Node
 from helexa.cortex.orders import Orders, status_on
 from helexa.cortex.placer import Placer
 from helexa.cortex.standing import UNDER_WAY

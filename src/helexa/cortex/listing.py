@@ -17,7 +17,7 @@ from helexa.core.catalogue import ModelProfile
 from helexa.core.lifecycle import ModelInfo, ModelStatus
 
 if TYPE_CHECKING:
-    from helexa.cortex.fleet import Node
+    from helexa.cortex.nodes import Node
 
 # The nearer to an answer, the higher. A word we do not know ranks below everything: it is not routable.
 RANK: Final[dict[str, int]] = {

@@ -22,7 +22,8 @@ from helexa.core.errors import (
     NoNode,
     Overloaded,
 )
-from helexa.cortex.fleet import Fleet, Node, why_not_up
+from helexa.cortex.fleet import Fleet
+from helexa.cortex.nodes import Node, why_not_up
 from helexa.cortex.plans import Bar, Reason
 from helexa.cortex.swapper import Failure, Kind
 

@@ -11,10 +11,9 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Hashable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from helexa.core import logs
 from helexa.core.config import CortexSettings
@@ -26,36 +25,25 @@ from helexa.core.errors import (
     ShuttingDown,
     nearest,
 )
-from helexa.core.lifecycle import ModelStatus
 from helexa.cortex import keeper, load_failures, swapper
-from helexa.cortex.decisions import OPERATOR, UPKEEP, By, Decisions, What, Whom
+from helexa.cortex.decisions import OPERATOR, By, Decisions, What, Whom
 from helexa.cortex.eviction import POLICIES
 from helexa.cortex.fallbacks import Outlook
-from helexa.cortex.fleet import Fleet, Node
+from helexa.cortex.fleet import Fleet
 from helexa.cortex.foresight import Foresight
 from helexa.cortex.keeper import Keeper
 from helexa.cortex.load_watch import LoadWatch
+from helexa.cortex.loads import LoadRecord, Loads
+from helexa.cortex.nodes import Node
 from helexa.cortex.orders import HELD, Orders, status_on
 from helexa.cortex.placer import Placer, preference
-from helexa.cortex.plans import Plan
 from helexa.cortex.standing import UNDER_WAY, Standing
-from helexa.cortex.survey import Survey, make_of, more_than
+from helexa.cortex.survey import Survey, make_of
 from helexa.cortex.swapper import Failure, Kind, Phase, Waiter
 
 log = logs.get("cortex.loader")
 
 ROOM_EVERY_S: Final = 0.05  # how often news of room make new plans, at most
-OPERATOR_STEPS: Final = 64  # unloads for one load that an operator ordered to a node
-
-
-@dataclass(frozen=True, slots=True)
-class LoadRecord:
-    """One load that this gateway saw through. seconds: from the order to its end."""
-
-    model: str
-    node: str
-    seconds: float
-    error: str | None
 
 
 class Loader:
@@ -76,6 +64,8 @@ class Loader:
         self._orders = Orders(fleet, self.survey)
         policy = POLICIES[settings.eviction.strategy]
         self._placer = Placer(fleet, self.survey, self._orders, policy, self.decisions)
+        self._loads = Loads(self.survey, self._orders, self._placer, self.decisions)
+        self.on_load = self._loads.on_load
         self._wait_s = settings.loading.wait_s
         self._state = swapper.State(queue=settings.loading.queue, drain_after_s=drain_after_s)
         self._events: deque[swapper.Event] = deque()
@@ -83,11 +73,9 @@ class Loader:
         self._watch = LoadWatch(self._told)
         self._waiters: dict[Waiter, asyncio.Future[None]] = {}
         self._asked_by: dict[Waiter, tuple[By, str | None]] = {}
-        self._loads: dict[tuple[str, str], asyncio.Task[Failure | None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._served: set[Waiter] = set()  # told to go, and not gone yet
         self._placing: dict[str, asyncio.Task[None]] = {}
-        self._began: dict[tuple[str, str], float] = {}
         self._keeper = Keeper(
             fleet,
             self.survey,
@@ -95,7 +83,7 @@ class Loader:
             self._placer,
             self.decisions,
             ensure=partial(self.ensure, by="preload"),
-            load_on=self._copy_to,
+            load_on=self._loads.copy,
             is_busy=self._is_busy,
             defrag_after_cycles=settings.eviction.defrag_after_cycles,
             every_s=keep_every_s,
@@ -116,7 +104,7 @@ class Loader:
         self._room_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._stopped = False
-        self.on_load: list[Callable[[LoadRecord], None]] = []
+        self.on_load.append(self._loaded)
         fleet.on_change.append(self._changed)
 
     def start(self) -> None:
@@ -211,7 +199,7 @@ class Loader:
         name that nobody knows is asked for as well: the node may find it on the Hub. A cancel leaves the load going."""
         self._feed(swapper.Forgive(model_id))
         if node is not None:
-            failure = await self._load_there(model_id, self._node_for_load(node))
+            failure = await self._loads.ordered(model_id, self._node_for_load(node))
             if failure is not None:
                 raise load_failures.on_node(model_id, failure)
             return
@@ -221,7 +209,7 @@ class Loader:
         failures: list[Failure] = []
         nodes = [(n, None) for n in self._fleet.nodes.values() if n.state in ("up", "suspect")]
         for target, _ in sorted(nodes, key=preference):
-            failure = await self._see_through(model_id, target, OPERATOR)
+            failure = await self._loads.see_through(model_id, target, OPERATOR)
             if failure is None:
                 return
             failures.append(failure)
@@ -257,10 +245,10 @@ class Loader:
         self._listen(False)
         await self._keeper.stop()
         self._refuse(tuple(self._waiters), _shutting_down)
-        tasks = [*self._loads.values(), *self._tasks, *self._placing.values()]
+        tasks = [*self._tasks, *self._placing.values()]
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(self._loads.stop(), *tasks, return_exceptions=True)
         self._orders.close()
 
     # the swapper's hands
@@ -348,7 +336,7 @@ class Loader:
     def _is_busy(self, name: str) -> bool:
         """Does a pursuit or a load use this node now?"""
         pursued = any(pursuit.node == name for pursuit in self._state.wanted.values())
-        return pursued or any(on == name for _, on in (*self._loads, *self.survey.promises))
+        return pursued or self._loads.is_at(name) or any(on == name for _, on in self.survey.promises)
 
     def _listen(self, on: bool) -> None:
         """Whether a model that becomes idle is news."""
@@ -401,24 +389,11 @@ class Loader:
             failure = Failure(node.name, Kind.FAILED, f"{type(err).__name__}: {err}")
         self._feed(swapper.Cleared(command.model, node.name, failure))
 
-    async def _load_there(self, model_id: str, node: Node) -> Failure | None:
-        """On this node, by an operator's word: what is idle goes for it, as for a request."""
-        for _ in range(OPERATOR_STEPS):
-            if status_on(node, model_id) in UNDER_WAY | {ModelStatus.LOADED}:
-                break
-            await self._placer.ask_needs(model_id, [node])
-            found = self._placer.on_node(model_id, node)
-            if not isinstance(found, Plan) or not found.victims:
-                break  # the node itself says what is wrong, if anything is
-            if await self._placer.clear(model_id, node, found.victims[0], OPERATOR, drain=False) is not None:
-                break
-        return await self._see_through(model_id, node, OPERATOR)
-
     # loads
 
     async def _pursue(self, model_id: str, node: Node) -> None:
         try:
-            failure = await self._see_through(model_id, node, self._whom_of(model_id))
+            failure = await self._loads.see_through(model_id, node, self._whom_of(model_id))
         except Exception as err:  # a fault of ours must not leave everybody waiting for a load that nobody follows
             log.exception("following a load went wrong", model=model_id, node=node.name)
             failure = Failure(node.name, Kind.FAILED, f"{type(err).__name__}: {err}")
@@ -426,65 +401,11 @@ class Loader:
             failure = None  # loaded, if not as the catalogue has it: good enough for a request
         self._feed(swapper.Ended(model_id, node.name, failure))
 
-    async def _copy_to(self, model_id: str, node: Node) -> Failure | None:
-        return await self._see_through(model_id, node, UPKEEP, "copy")
-
-    async def _see_through(
-        self, model_id: str, node: Node, whom: Whom, what: Literal["load", "copy"] = "load"
-    ) -> Failure | None:
-        """One load on one node from order to end, shared by all who want it; a cancel leaves it going."""
-        key = (model_id, node.name)
-        task = self._loads.get(key)
-        if task is None:
-            task = self._loads[key] = asyncio.create_task(self._load_on(model_id, node, whom, what))
-            task.add_done_callback(lambda _: self._loads.pop(key, None))
-        return await asyncio.shield(task)
-
-    async def _load_on(self, model_id: str, node: Node, whom: Whom, what: Literal["load", "copy"]) -> Failure | None:
-        key = (model_id, node.name)
-        began = self._began[key] = time.monotonic()  # the loop's own is of milliseconds
-        is_ours = status_on(node, model_id) not in UNDER_WAY
-        if is_ours:
-            evidence = self._placer.evidence_for(model_id, node.name)
-            why = evidence.why if evidence is not None else "as ordered"
-            self.decisions.note(what, why, whom, model=model_id, node=node.name, evidence=evidence)
-        try:
-            failure = await self._orders.load(model_id, node) if is_ours else None
-            promise = self.survey.promises.get(key)
-            if promise is not None and failure is None:
-                promise.ordered_at = time.monotonic()
-            if failure is None:
-                failure = await self._orders.follow(model_id, node)
-        finally:
-            del self._began[key]
-            self._placer.forget(model_id)
-        seconds = time.monotonic() - began
-        if failure is None:
-            self._keeper.loaded(node.name)
-            if is_ours:
-                self.survey.needs.lasted(self.survey.spec(model_id), make_of(node), node.name, seconds)
-            log.info("model is loaded", model=model_id, node=node.name, seconds=round(seconds, 2))
-        else:
-            self.survey.promises.pop(key, None)
-            self.decisions.note("load_failed", failure.reason, whom, model=model_id, node=node.name)
-            log.warning("load failed", model=model_id, node=node.name, kind=failure.kind.value, reason=failure.reason)
-            if failure.kind in (Kind.NO_ROOM, Kind.OUT_OF_MEMORY):
-                await self._learn_from(failure, model_id, node)
-        record = LoadRecord(model_id, node.name, seconds, failure.reason if failure else None)
-        for call in self.on_load:
-            call(record)
-        return failure
-
-    async def _learn_from(self, failure: Failure, model_id: str, node: Node) -> None:
-        """The node has less room, or the model needs more, than the plan had it: the next one goes by the facts."""
-        await self._orders.look(node)
-        need_mb = failure.details.get("need_mb")
-        if not isinstance(need_mb, int):
-            views = self.survey.views([node.name], asyncio.get_running_loop().time())
-            need_mb = more_than(views[0]) if views else 0  # out of memory: one more has to go
-        self.survey.needs.refused(self.survey.spec(model_id), make_of(node), need_mb)
-
     # what changed, and what to say
+
+    def _loaded(self, record: LoadRecord) -> None:
+        if record.error is None:
+            self._keeper.loaded(record.node)
 
     def _changed(self, model_id: str | None) -> None:
         if model_id is not None:
@@ -531,7 +452,7 @@ class Loader:
         if pursuit is None or node is None:
             return Standing(model_id)
         took_s = self.survey.needs.load_s(self.survey.spec(model_id), make_of(node), node.name)
-        began = self._began.get((model_id, node.name))
+        began = self._loads.began(model_id, node.name)
         left_s = None
         if took_s is not None and began is not None:
             left_s = took_s - (asyncio.get_running_loop().time() - began)

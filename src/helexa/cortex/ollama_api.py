@@ -19,8 +19,9 @@ from helexa.core import bodies
 from helexa.core.dialects import ollama_models
 from helexa.core.errors import BadRequest, NotImplementedYet
 from helexa.core.lifecycle import ModelInfo
-from helexa.cortex.fleet import Fleet, Node
+from helexa.cortex.fleet import Fleet
 from helexa.cortex.listing import status_rank
+from helexa.cortex.nodes import Node
 
 _encode = msgspec.json.Encoder().encode
 

@@ -18,7 +18,8 @@ from helexa.core.errors import Conflict, NoNode, UpstreamError
 from helexa.core.lifecycle import Estimate, ModelStatus, UnloadRequest
 from helexa.core.relay.upstream import Answer
 from helexa.cortex import load_failures
-from helexa.cortex.fleet import Fleet, Node
+from helexa.cortex.fleet import Fleet
+from helexa.cortex.nodes import Node
 from helexa.cortex.poller import MissError, ask
 from helexa.cortex.standing import UNDER_WAY
 from helexa.cortex.survey import Survey

@@ -20,8 +20,9 @@ from helexa.cortex import load_failures, placement, swapper
 from helexa.cortex.decisions import NODES_SHOWN, Decisions, Evidence, Whom
 from helexa.cortex.eviction import Policy
 from helexa.cortex.explain import why_here
-from helexa.cortex.fleet import Fleet, Node
+from helexa.cortex.fleet import Fleet
 from helexa.cortex.needs import Make
+from helexa.cortex.nodes import Node
 from helexa.cortex.orders import Orders, status_on
 from helexa.cortex.plans import Bar, NodeView, NoPlan, Plan, Reason, Wanted
 from helexa.cortex.standing import UNDER_WAY

@@ -20,7 +20,8 @@ from helexa.core.config import CortexSettings
 from helexa.core.discovery import DeviceHealth, Discovery, NodeHealth
 from helexa.core.lifecycle import ModelInfo
 from helexa.core.sse import EventReader
-from helexa.cortex.fleet import Fleet, Node
+from helexa.cortex.fleet import Fleet
+from helexa.cortex.nodes import Node
 
 log = logs.get("cortex.poller")
 

@@ -9,8 +9,8 @@ import msgspec
 from helexa.core.errors import BadRequest, HelexaError
 from helexa.core.relay.contract import Exchange, Route
 from helexa.core.relay.wire import value_of
-from helexa.cortex.fleet import Node, Replica
 from helexa.cortex.metrics import Series
+from helexa.cortex.nodes import Node, Replica
 from helexa.cortex.routing import Routed
 from helexa.cortex.targets import Target
 from helexa.cortex.translated import Translated

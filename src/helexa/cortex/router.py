@@ -21,7 +21,7 @@ from helexa.cortex.prefixes import Prefixes, Prompt
 from helexa.cortex.work import PREFILL, Asked, Ticket
 
 if TYPE_CHECKING:
-    from helexa.cortex.fleet import Replica
+    from helexa.cortex.nodes import Replica
 
 # Of more replicas these many are looked at, drawn at random, and as many of those that hold most of the prompt.
 SAMPLE: Final = 8

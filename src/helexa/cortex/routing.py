@@ -12,7 +12,8 @@ from typing import Final
 
 from helexa.core.relay.contract import Exchange, Usage
 from helexa.cortex import prefixes, router
-from helexa.cortex.fleet import Fleet, Replica
+from helexa.cortex.fleet import Fleet
+from helexa.cortex.nodes import Replica
 from helexa.cortex.router import By, Choice, ModelRouter
 from helexa.cortex.work import Ticket
 

@@ -17,8 +17,9 @@ from typing import Final
 from helexa.core.catalogue import ModelProfile
 from helexa.core.lifecycle import LoadRequest, ModelInfo, ModelStatus
 from helexa.cortex.eviction import Resident, Usage, min_residency_s
-from helexa.cortex.fleet import Fleet, Node, Replica
+from helexa.cortex.fleet import Fleet
 from helexa.cortex.needs import Make, Needs
+from helexa.cortex.nodes import Node, Replica
 from helexa.cortex.plans import DeviceView, Need, NodeView, Plan, Wanted
 
 _HOLDING: Final = frozenset(

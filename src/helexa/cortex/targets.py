@@ -8,7 +8,8 @@ from typing import Final
 
 from helexa.core.errors import BadRequest, WrongTask
 from helexa.core.lifecycle import ModelInfo
-from helexa.cortex.fleet import Fleet, Replica
+from helexa.cortex.fleet import Fleet
+from helexa.cortex.nodes import Replica
 
 _GENERATION: Final = frozenset({"chat", "completion"})
 # What a model must be for to serve a path. A chat asked of a model without a chat template is the node's to judge.

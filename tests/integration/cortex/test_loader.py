@@ -27,7 +27,7 @@ from helexa.core.errors import (
 from helexa.core.lifecycle import Progress
 from helexa.cortex import load_watch
 from helexa.cortex.fallbacks import Outlook
-from helexa.cortex.loader import LoadRecord
+from helexa.cortex.loads import LoadRecord
 
 
 async def refused(gate: Gateway, model_id: str = "qwen", waiter: int = 1) -> HelexaError:

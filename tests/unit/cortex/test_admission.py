@@ -10,7 +10,7 @@ from helexa.core.config import Bounds
 from helexa.core.errors import Overloaded
 from helexa.core.lifecycle import ModelLimits
 from helexa.cortex.admission import Admission, Load, load_of, takes_one
-from helexa.cortex.fleet import Replica
+from helexa.cortex.nodes import Replica
 
 COUNTS = st.none() | st.integers(0, 5)
 

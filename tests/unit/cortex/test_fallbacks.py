@@ -9,7 +9,7 @@ from tests.helpers.fleets import answers, fleet, info
 from helexa.core.errors import LoadFailed
 from helexa.core.lifecycle import ModelLimits
 from helexa.cortex.fallbacks import Fallbacks, Outlook, first_in_time, loaded
-from helexa.cortex.fleet import Replica
+from helexa.cortex.nodes import Replica
 
 OUTLOOKS = st.builds(Outlook, st.none() | st.floats(0, 100), st.booleans())
 

@@ -10,7 +10,8 @@ from helexa.core.config import Bounds, NeuronEntry
 from helexa.core.discovery import DeviceHealth, Discovery
 from helexa.core.errors import ModelNotFound, NoNode
 from helexa.core.lifecycle import ModelLimits, ModelStatus
-from helexa.cortex.fleet import LOAD_SILENCE_S, Fleet
+from helexa.cortex.fleet import Fleet
+from helexa.cortex.nodes import LOAD_SILENCE_S
 
 QWEN = ModelProfile(id="Qwen/Qwen3-8B", quant="Q4_K_M", context=8192)
 

@@ -13,8 +13,8 @@ from tests.helpers.fleets import fleet, health, info
 from helexa.core.catalogue import Catalogue, ModelProfile
 from helexa.core.config import NeuronEntry
 from helexa.core.lifecycle import ModelInfo, ModelStatus
-from helexa.cortex.fleet import Node, Replica
 from helexa.cortex.listing import entry, status_rank
+from helexa.cortex.nodes import Node, Replica
 
 NODES = ("a", "b")
 CATALOGUE = (ModelProfile(id="small", source="org/repo:Q4"), ModelProfile(id="local", source="/srv/x.gguf"))

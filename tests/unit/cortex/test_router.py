@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.helpers.fleets import fleet, info
 
-from helexa.cortex.fleet import Replica
+from helexa.cortex.nodes import Replica
 from helexa.cortex.prefixes import Prompt
 from helexa.cortex.router import WEIGHT_OF_TOKEN, Choice, ModelRouter, choose
 from helexa.cortex.work import Ticket

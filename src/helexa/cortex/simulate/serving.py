@@ -21,7 +21,7 @@ from helexa.cortex.simulate.caches import EngineCache, Pool
 from helexa.cortex.work import Ticket, Work
 
 if TYPE_CHECKING:
-    from helexa.cortex.fleet import Replica
+    from helexa.cortex.nodes import Replica
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from helexa.cortex.simulate.world import Model, NodeSpec, SimModel, SimNode, Sim
 from helexa.cortex.work import Ticket
 
 if TYPE_CHECKING:
-    from helexa.cortex.fleet import Replica
+    from helexa.cortex.nodes import Replica
 
 LOOK_AGAIN_S: Final = 1.0  # for room, while everything is in use and nothing becomes idle
 COPY_AT_QUEUE: Final = 4  # a second copy into free room; at 1 it only costs
