@@ -7,10 +7,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from tests.helpers.fake_neuron import FakeNeuron, neurons
 
 from helexa.core.catalogue import Catalogue, ModelProfile
 from helexa.core.config import CortexSettings, Eviction, Loading, NeuronEntry, Poll
+from helexa.core.errors import HelexaError
 from helexa.cortex.fleet import Fleet
 from helexa.cortex.loader import Loader
 from helexa.cortex.poller import Poller
@@ -95,3 +97,9 @@ async def second_gateway(
         await loader.stop()
         await poller.stop()
         fleet.close()
+
+
+async def refused(gate: Gateway, model_id: str = "qwen", waiter: int = 1) -> HelexaError:
+    with pytest.raises(HelexaError) as caught:
+        await gate.loader.ensure(model_id, waiter)
+    return caught.value

@@ -3,70 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 from unittest.mock import patch
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.helpers.lines import ASK, ASK_USAGE, DONE, FIRST, HEAD, ROLE, STOP, TEXTS, USAGE, Line, chunked, delta, event
 from tests.helpers.wires import CHAT, Recorder, Wire, client_of, dechunk, request, split, waiting_upstream
 
-from helexa.core.errors import Dialect, Overloaded, UpstreamError
+from helexa.core.errors import Dialect, Overloaded
 from helexa.core.relay import connection
 from helexa.core.relay.contract import Endpoint, Reply, Usage
 from helexa.core.relay.server import Server
-
-ASK = b'{"model":"qwen","stream":true}'
-ASK_USAGE = b'{"model":"qwen","stream":true,"stream_options":{"include_usage":true}}'
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nServer: x\r\n\r\n"
-
-
-def event(**members: Any) -> bytes:
-    return b"data: " + json.dumps(members, separators=(",", ":")).encode() + b"\n\n"
-
-
-def delta(text: str) -> bytes:
-    return event(id="c1", choices=[{"index": 0, "delta": {"content": text}, "finish_reason": None}])
-
-
-ROLE = event(id="c1", choices=[{"index": 0, "delta": {"role": "assistant", "content": None}, "finish_reason": None}])
-STOP = event(id="c1", choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
-USAGE = event(id="c1", choices=[], usage={"prompt_tokens": 7, "completion_tokens": 3})
-DONE = b"data: [DONE]\n\n"
-FIRST = delta("first")
-
-TEXTS = st.lists(
-    st.text(alphabet='ab"\\\n\x00é:{}0', max_size=12) | st.just('"usage":{"x":1}'), min_size=1, max_size=12
-)
-
-
-class Line:
-    """One client, one relay, one upstream, no sockets."""
-
-    def __init__(self, body: bytes = ASK, version: bytes = b"HTTP/1.1", **route: Any) -> None:
-        upstream, self.connection, self.up = waiting_upstream()
-        self.director = Recorder(upstream, **route)
-        self.server = Server(director=self.director, endpoints=[CHAT])
-        self.client, self.wire = client_of(self.server)
-        self.client.data_received(request(body).replace(b"HTTP/1.1", version, 1))
-
-    def hear(self, *pieces: bytes) -> None:
-        for piece in pieces:
-            if piece:
-                self.connection.data_received(piece)
-
-    @property
-    def body(self) -> bytes:
-        return dechunk(self.wire.sent)
-
-
-def chunked(data: bytes, sizes: list[int]) -> bytes:
-    out, at, i = b"", 0, 0
-    while at < len(data):
-        piece = data[at : at + sizes[i % len(sizes)]]
-        out += b"%x\r\n%b\r\n" % (len(piece), piece)
-        at, i = at + len(piece), i + 1
-    return out + b"0\r\n\r\n"
 
 
 @given(
@@ -142,52 +90,6 @@ def test_a_node_says_that_no_stop_string_ended_it_wherever_the_reads_were_cut(
     (ended,) = json.loads(blocks[len(texts)][5:])["choices"]
     assert ended == {**choice, "stop_reason": "END" if told else None}
     assert blocks[len(texts) + 1 :] == [*([USAGE] if asked else []), DONE]
-
-
-@given(texts=TEXTS, at=st.integers(0, 3000), reads=st.integers(1, 200))
-def test_an_upstream_that_dies_anywhere_is_told_in_an_event_or_by_a_cut_and_never_by_a_done(
-    texts: list[str], at: int, reads: int
-) -> None:
-    raw = HEAD + b"".join(b"%x\r\n%b\r\n" % (len(e), e) for e in [ROLE, *map(delta, texts), STOP, DONE]) + b"0\r\n\r\n"
-    raw = raw[: 1 + at % (len(raw) - 1)]
-    line = Line(cut_usage=True)
-    line.hear(*[raw[i : i + reads] for i in range(0, len(raw), reads)])
-    line.connection.connection_lost(None)
-    assert line.director.open_routes == 0
-    assert len(line.director.finished) == 1
-    sent = line.wire.sent
-    if line.wire.aborted:
-        return
-    if sent.startswith(b"HTTP/1.1 502"):
-        assert b"data:" not in sent
-        return
-    blocks = [b for b in dechunk(sent).split(b"\n\n") if b]
-    if blocks[-1] == b"data: [DONE]":
-        assert raw.count(DONE) == 1, "all of it had come"
-        return
-    assert json.loads(blocks[-1][5:])["error"]["code"] == "upstream_error"
-    assert b"data: [DONE]" not in blocks
-    assert line.wire.closed
-
-
-def test_an_upstream_that_dies_right_behind_a_done_that_was_read_with_half_an_event_lost_nothing() -> None:
-    line = Line(cut_usage=True)
-    chunks = [b"%x\r\n%b\r\n" % (len(e), e) for e in (ROLE, delta("0"), STOP, DONE)]
-    line.hear(HEAD, *chunks[:2], chunks[2][:-9], chunks[2][-9:] + chunks[3])
-    line.connection.connection_lost(None)
-    assert line.wire.sent.endswith(DONE + b"\r\n0\r\n\r\n")
-    assert b"error" not in line.wire.sent
-
-
-def test_a_death_inside_a_half_sent_chunk_is_told_in_an_event_because_the_half_was_held_back() -> None:
-    line = Line()
-    line.hear(HEAD + b"%x\r\n%b\r\n" % (len(ROLE), ROLE) + b"%x\r\n%b\r\n" % (len(delta("a")), delta("a")))
-    whole = b"%x\r\n%b\r\n" % (len(delta("b")), delta("b"))
-    line.hear(whole, whole[:20])
-    line.connection.connection_lost(ConnectionResetError("reset"))
-    blocks = dechunk(line.wire.sent).split(b"\n\n")
-    assert b"upstream_error" in blocks[-2], "the half event was held back, so an error event still fits"
-    assert line.director.failures[0][1] is True
 
 
 def test_a_read_in_the_middle_of_a_stream_is_passed_in_one_write_as_it_came() -> None:
@@ -286,104 +188,6 @@ def test_an_interim_answer_is_skipped() -> None:
     assert line.wire.sent.endswith(b"{}")
 
 
-REFUSED = b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: 13\r\n\r\n" + b'{"error":"x"}'
-
-
-def test_an_upstreams_own_error_passes_as_it_came() -> None:
-    line = Line()
-    line.hear(REFUSED)
-    assert line.wire.sent.startswith(b"HTTP/1.1 400 ")
-    assert line.wire.sent.endswith(b'{"error":"x"}')
-    assert line.director.finished[0].status == 400
-
-
-def test_an_error_that_the_director_translates_is_what_the_client_gets() -> None:
-    line = Line()
-    line.director.on_refused = lambda status, body: Overloaded("beast is full; try again", retry_after_s=3)
-    line.hear(REFUSED)
-    assert line.wire.sent.startswith(b"HTTP/1.1 503 ")
-    assert b"retry-after: 3\r\n" in line.wire.sent
-
-
-def test_a_failed_attempt_moves_to_another_upstream_and_the_client_never_knows() -> None:
-    line = Line()
-    second, connection, up = waiting_upstream("benjy")
-    line.director.upstreams.append(second)
-    line.director.on_refused = lambda status, body: UpstreamError("beast is ill")
-    line.hear(REFUSED)
-    assert up.sent.endswith(ASK)
-    connection.data_received(HEAD + chunked(ROLE + delta("a") + STOP + DONE, [500]))
-    assert line.body == ROLE + delta("a") + STOP + DONE
-    (exchange,) = line.director.finished
-    assert (exchange.node, exchange.tried, exchange.error) == ("benjy", ["beast"], None)
-    assert line.director.open_routes == 0
-
-
-def test_heartbeats_of_the_upstream_commit_to_nothing_so_a_later_failure_still_moves_on() -> None:
-    line = Line()
-    second, connection, _ = waiting_upstream("benjy")
-    line.director.upstreams.append(second)
-    line.hear(HEAD + b"3\r\n:\n\n\r\n")
-    assert b":\n\n" in line.wire.sent
-    line.connection.connection_lost(None)
-    connection.data_received(HEAD + chunked(delta("a") + DONE, [500]))
-    assert line.body == b":\n\n" + delta("a") + DONE
-
-
-def test_an_error_after_heartbeats_arrives_as_an_event_and_the_stream_ends_without_a_done() -> None:
-    line = Line()
-    line.hear(HEAD + b"3\r\n:\n\n\r\n")
-    line.connection.connection_lost(None)
-    blocks = line.body.split(b"\n\n")
-    assert json.loads(blocks[1][5:])["error"]["code"] == "upstream_error"
-    assert line.wire.closed
-
-
-def test_a_slow_reader_pauses_its_own_upstream_and_only_that() -> None:
-    line = Line()
-    other = Line()
-    line.hear(HEAD + b"%x\r\n%b\r\n" % (len(delta("a")), delta("a")))
-    line.client.pause_writing()
-    assert line.up.reading_paused
-    assert not other.up.reading_paused
-    line.client.resume_writing()
-    assert not line.up.reading_paused
-
-
-def test_a_connection_whose_last_read_filled_its_client_is_kept_for_the_next_request_with_open_ears() -> None:
-    line = Line(b'{"model":"qwen"}')
-    line.client.pause_writing()
-    line.hear(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
-    assert not line.up.reading_paused
-    line.client.data_received(request(b'{"model":"qwen"}'))
-    assert line.up.reading_paused, "the next answer waits for the same slow reader"
-    line.client.resume_writing()
-    assert not line.up.reading_paused
-
-
-def test_an_answer_that_is_cut_half_way_is_never_mixed_with_an_error_event() -> None:
-    line = Line(b'{"model":"qwen"}')
-    line.hear(b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n{")
-    assert line.client.pair is not None
-    line.client.pair.fail(Overloaded("a drain ran out"))
-    assert line.wire.sent.endswith(b"\r\n\r\n{")
-    assert line.wire.aborted
-    assert line.up.aborted
-    assert line.director.open_routes == 0
-
-
-def test_a_client_that_leaves_ends_its_upstream_at_once() -> None:
-    for heard in (b"", HEAD, HEAD + b"%x\r\n%b\r\n" % (len(delta("a")), delta("a"))):
-        line = Line()
-        line.hear(heard)
-        line.client.connection_lost(None)
-        assert line.up.aborted
-        assert line.director.open_routes == 0
-        assert line.director.finished[0].client_gone
-        assert line.server.inflight == 0
-        assert not line.server.connections
-
-
 def test_a_mend_changes_the_decoded_body_and_the_framing_follows() -> None:
     class Upper:
         def __init__(self) -> None:
@@ -419,28 +223,6 @@ def test_progress_of_the_prefill_is_for_those_who_asked_and_the_role_comes_first
     assert line.body.count(b'"role":"assistant"') == (1 if cut else 2)
     assert line.body.index(b'"role"') < line.body.index(b'"content":"a"')
     assert line.director.finished[0].t_first_token > 0
-
-
-ERROR = event(error={"message": "host died", "code": "upstream_error"})
-
-
-def test_an_error_event_that_comes_first_moves_to_another_upstream_as_an_error_answer_would() -> None:
-    line = Line()
-    second, connection, _ = waiting_upstream("benjy")
-    line.director.upstreams.append(second)
-    line.director.on_refused = lambda status, body: UpstreamError("beast is ill") if b"host died" in body else None
-    line.hear(HEAD + chunked(b":\n\n" + ERROR, [400]))
-    connection.data_received(HEAD + chunked(delta("a") + DONE, [500]))
-    assert line.body == delta("a") + DONE
-    assert line.director.finished[0].error is None
-
-
-def test_an_error_event_after_the_first_delta_passes_and_is_counted_as_the_error_it_is() -> None:
-    line = Line()
-    line.director.on_refused = lambda status, body: UpstreamError("beast is ill")
-    line.hear(HEAD + chunked(delta("a"), [400])[:-5], chunked(delta("b"), [400])[:-5], chunked(ERROR, [400]))
-    assert line.body == delta("a") + delta("b") + ERROR
-    assert line.director.finished[0].error is not None
 
 
 class Collector:
