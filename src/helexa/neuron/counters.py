@@ -25,6 +25,7 @@ from helexa.neuron.harness.base import Harness, ModelFiles, Plan, Session
 from helexa.neuron.hosts import Host, HostFailed, Hosts
 from helexa.neuron.memory import Claim, DoesNotFit
 from helexa.neuron.planner import Planner
+from helexa.neuron.tasks import owned
 
 _log = logs.get("neuron.counters")
 
@@ -72,8 +73,7 @@ class Counters:
         counter = self._counters.get(key)
         if counter is None:
             counter = self._counters[key] = _Counter(key, files.model_id)
-            counter.opening = asyncio.get_running_loop().create_task(self._open(counter, request, files))
-            counter.opening.add_done_callback(lambda done: done.cancelled() or done.exception())
+            counter.opening = owned(self._open(counter, request, files))
         counter.active += 1
         try:
             assert counter.opening is not None

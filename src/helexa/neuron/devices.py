@@ -19,6 +19,7 @@ from helexa.neuron.discovery import Probe
 from helexa.neuron.harness.base import FreeDevice
 from helexa.neuron.hosts import Host
 from helexa.neuron.memory import Claim, Ledger
+from helexa.neuron.tasks import owned
 
 _log = logs.get("neuron.devices")
 
@@ -47,8 +48,7 @@ class Devices:
     async def refresh(self) -> None:
         """Look at the devices anew. Never raises; a look that hangs is not waited for, nor begun twice."""
         if self._looking is None or self._looking.done():
-            self._looking = asyncio.get_running_loop().create_task(asyncio.to_thread(self._probe.health))
-            self._looking.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may end too late
+            self._looking = owned(asyncio.to_thread(self._probe.health))  # it may end too late
         looking = self._looking
         done, _ = await asyncio.wait({looking}, timeout=READING_S)
         if not done:

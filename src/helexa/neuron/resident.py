@@ -9,7 +9,6 @@ leaves ends nothing. All calls come from the daemon's loop.
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -23,16 +22,15 @@ from helexa.core.lifecycle import (
     ModelStatus,
     Progress,
 )
-from helexa.core.relay.upstream import Upstream
 from helexa.neuron import refusals
 from helexa.neuron.admission import Seats
 from helexa.neuron.counters import Counters
 from helexa.neuron.devices import Devices
-from helexa.neuron.harness import reference
 from helexa.neuron.harness.base import ModelFiles
-from helexa.neuron.hosts import QUIT_S, Host, HostFailed, Hosts
-from helexa.neuron.kv.keeper import Keeper
+from helexa.neuron.hosts import QUIT_S, Hosts
 from helexa.neuron.planner import Placed, Planner
+from helexa.neuron.serving import Serving, start
+from helexa.neuron.tasks import cancel_soon, owned, surely
 
 if TYPE_CHECKING:
     from helexa.neuron.kv.store import KvStore
@@ -44,7 +42,6 @@ GIVE_UP: Final = 5  # deaths, or loads that failed, in a row
 STABLE_S: Final = 60.0  # a host that lived so long starts a new row
 WORTH_TELLING: Final = 0.02  # of a model's memory
 PREFLIGHT_S: Final = 2.0  # what the Hub gets to refuse before a download counts as begun
-OUT_OF_MEMORY: Final = "out_of_memory"  # why a load failed, where more memory may mend it
 SAVE_S: Final = 5.0  # what an unload waits at most for its prompt cache to be written
 ETA_FROM: Final = 0.1  # of a load: before that its pace says nothing
 
@@ -79,17 +76,6 @@ class House:
     changed: Callable[[Resident], None]
     kv_store: KvStore | None = None  # None: prompt caches are not kept
     backoff_s: float = 0.5  # before the first recovery; doubles
-
-
-@dataclass(frozen=True, slots=True)
-class Serving:
-    """A model that is up: its host and what stands before it."""
-
-    host: Host
-    upstream: Upstream
-    seats: Seats
-    since: float
-    keeper: Keeper | None  # of its prompt cache, where that is kept
 
 
 class Resident:
@@ -139,7 +125,7 @@ class Resident:
             behind = self._gate.locked()  # an unload that runs; it may drain for long
             self._asked = asked
             self._begun = asyncio.get_running_loop().create_future()
-            self._load = _owned(self._run_load(request, self._begun), f"load {self.id}")
+            self._load = owned(self._run_load(request, self._begun), f"load {self.id}")
             if behind and not wait:
                 return Status.LOADING
         else:
@@ -163,12 +149,12 @@ class Resident:
             self.become(Status.UNLOADING)
         for work in (self._load, self._recovery):
             if work is not None and not work.done():
-                _cancel_soon(work)
+                cancel_soon(work)
                 await asyncio.wait({work})
         if self._unload is None or self._unload.done():
             self._cut.clear()
             keep = not force if keep is None else keep
-            self._unload = _owned(self._run_unload(drain_s, force, keep), f"unload {self.id}")
+            self._unload = owned(self._run_unload(drain_s, force, keep), f"unload {self.id}")
         elif force:
             self._cut.set()
         await self._outcome(self._unload)
@@ -182,7 +168,7 @@ class Resident:
             self.seats = None
         for work in (self._load, self._recovery):
             if work is not None and not work.done():
-                _cancel_soon(work)
+                cancel_soon(work)
 
     async def stop(self, *, keep: bool) -> None:
         """Gone, whatever state it is in; bounded by what a host may take to end, and a prompt cache to be saved."""
@@ -230,7 +216,7 @@ class Resident:
         self._cut.clear()
         self.become(Status.RECOVERING)
         serving.seats.close(self._still_loading)
-        self._recovery = _owned(self._recover(None, serving), f"recycle {self.id}")
+        self._recovery = owned(self._recover(None, serving), f"recycle {self.id}")
         await self._outcome(self._recovery)
         return True
 
@@ -342,39 +328,15 @@ class Resident:
         return files
 
     async def _start(self, placed: Placed) -> Serving:
-        """A host that has the model and answers. Raises LoadFailed with the host's reason; nothing is left then."""
-        house, plan, harness = self._house, placed.plan, reference(placed.harness)
-        key = secrets.token_urlsafe(24)
-        try:
-            host = await house.hosts.take(self.id, harness)
-        except HostFailed as err:
-            raise LoadFailed(f"{self.id} could not be loaded: {err}") from err
-        upstream = Upstream(
-            self.id, f"unix:{host.socket}", headers={"authorization": f"Bearer {key}"}, max_idle=plan.slots, renew=True
+        house = self._house
+        serving = await start(
+            placed,
+            hosts=house.hosts,
+            devices=house.devices,
+            kv_store=house.kv_store,
+            on_fraction=self._on_fraction,
         )
-        session, store = placed.harness.session(plan), house.kv_store
-        cache = None if store is None else placed.harness.prompt_cache(plan)
-        keeper = None if store is None or cache is None else Keeper(store, cache, plan, upstream)
-        try:
-            states = None if store is None or keeper is None else store.folder
-            spec = placed.harness.host_spec(plan, host.socket, key, states)
-            await host.load(harness, spec, plan.files.size_bytes, self._on_fraction)
-            await session.learn(upstream)
-            await house.devices.measure(placed.claim, host)
-            if keeper is not None:
-                await keeper.restore()
-        except BaseException as err:
-            if keeper is not None:
-                keeper.close()
-            upstream.abort()
-            await _surely(host.close(0))
-            if isinstance(err, HostFailed):
-                cause = {"cause": OUT_OF_MEMORY} if err.out_of_memory else {}
-                raise LoadFailed(f"{self.id} could not be loaded: {err}", details=cause) from err
-            raise
-        seats = Seats(self.id, plan.slots, session, upstream, host.alive_at)
-        serving = Serving(host, upstream, seats, time.monotonic(), keeper)
-        host.died.add_done_callback(lambda died: self._host_died(serving, died.result()))
+        serving.host.died.add_done_callback(lambda died: self._host_died(serving, died.result()))
         return serving
 
     def _up(self) -> None:
@@ -396,10 +358,8 @@ class Resident:
             self._deaths = 0
         self.become(Status.RECOVERING, error=reason)
         serving.seats.close(self._still_loading)
-        serving.upstream.close()
-        if serving.keeper is not None:
-            serving.keeper.close()
-        self._recovery = _owned(self._recover(reason, serving), f"recover {self.id}")
+        serving.died()
+        self._recovery = owned(self._recover(reason, serving), f"recover {self.id}")
 
     async def _recover(self, reason: str | None, before: Serving) -> None:
         """Load it again, later each time; give up after GIVE_UP failures in a row. Its memory stays reserved.
@@ -409,7 +369,7 @@ class Resident:
         async with self._gate:
             try:
                 if reason is None:
-                    await self._retire(before, placed)
+                    await self._retire(before)
                 else:
                     await before.host.close(0)
                 placed.claim.measure({}, {})
@@ -436,13 +396,12 @@ class Resident:
             self.load_seconds = round(time.monotonic() - started, 3)
             self._up()
 
-    async def _retire(self, serving: Serving, placed: Placed) -> None:
+    async def _retire(self, serving: Serving) -> None:
         """Save what it knows, and end it, whatever comes."""
         try:
-            if serving.keeper is not None:
-                await self._unless_cut(serving, serving.keeper.save(serving.seats.last_used), SAVE_S)
+            await self._unless_cut(serving, serving.save(), SAVE_S)
         finally:
-            await _surely(self._close_host(serving, placed, QUIT_S))
+            await surely(serving.close(self._house.devices, QUIT_S))
 
     async def _run_unload(self, drain_s: float, force: bool, keep: bool) -> None:
         async with self._gate:
@@ -460,8 +419,8 @@ class Resident:
                 serving.seats.reopen()
                 self.become(Status.LOADED)
                 raise refusals.in_use(self.id, active)
-            if keep and not active and serving.keeper is not None:
-                await self._unless_cut(serving, serving.keeper.save(serving.seats.last_used), SAVE_S)
+            if keep and not active:
+                await self._unless_cut(serving, serving.save(), SAVE_S)
             await self._end(serving, 0 if active else QUIT_S)
             self.become(Status.UNLOADED)
             self._house.devices.tell()
@@ -479,20 +438,8 @@ class Resident:
         """The process is gone, its memory is back."""
         self._last_used = max(self._last_used, serving.seats.last_used)
         self.serving = None
-        placed = self.placed
-        assert placed is not None
-        await self._close_host(serving, placed, within_s)
+        await serving.close(self._house.devices, within_s)
         self._let_go()
-
-    async def _close_host(self, serving: Serving, placed: Placed, within_s: float) -> None:
-        if serving.keeper is not None:
-            serving.keeper.close()
-        # An engine in this process waits, with the interpreter in its hands, for its server's threads, and those for
-        # their clients: a connection of ours that this loop had still to close would never be closed.
-        await serving.upstream.cut_off()
-        before = self._house.devices.says_mb()
-        await serving.host.close(within_s)
-        await self._house.devices.given_back(placed.claim, before)
 
     def _let_go(self) -> None:
         if self.placed is not None:
@@ -546,29 +493,3 @@ class Resident:
 
     def _was_unloaded(self) -> HelexaError:
         return refusals.was_unloaded(self.id, self._house.node)
-
-
-async def _surely(work: Any) -> None:
-    """Wait for it to its end, and only then hear that one was cancelled meanwhile."""
-    task = asyncio.get_running_loop().create_task(work)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        raise asyncio.CancelledError
-    task.result()
-
-
-def _cancel_soon(work: asyncio.Task[None]) -> None:
-    """Once it has begun: a task that is cancelled before its first step never gets to clean up after itself."""
-    asyncio.get_running_loop().call_soon(work.cancel)
-
-
-def _owned(work: Any, name: str) -> asyncio.Task[None]:
-    """A task whose outcome is looked at even when nobody waits for it any more."""
-    task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work, name=name)
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return task

@@ -17,6 +17,7 @@ from helexa.core.relay.upstream import Upstream
 from helexa.neuron.harness.base import CacheFailed, Plan, PromptCache, Saved, SlotUse
 from helexa.neuron.kv.states import State, Version, key_of, settled_s, unsaved
 from helexa.neuron.kv.store import MB, KvStore
+from helexa.neuron.tasks import owned
 
 _log = logs.get("neuron.kv")
 
@@ -45,7 +46,7 @@ class Keeper:
         self._clean_at = 0.0  # last_used at which nothing was left to save
         self._look_at = 0.0  # not before
         self._turn = asyncio.Lock()
-        self._found: asyncio.Task[list[tuple[State, asyncio.Task[bool]]]] = _task(self._find())
+        self._found: asyncio.Task[list[tuple[State, asyncio.Task[bool]]]] = owned(self._find())
         self._ahead: asyncio.Task[None] | None = None
 
     # restoring
@@ -55,7 +56,7 @@ class Keeper:
         versions, self._files = await asyncio.to_thread(_look_at, self._paths)
         self._key = key_of(versions, self._cache.fingerprint)
         found = await asyncio.to_thread(self._store.find, self._key, self._model_id)
-        return [(state, _task(asyncio.to_thread(self._store.is_sound, state))) for state in found]
+        return [(state, owned(asyncio.to_thread(self._store.is_sound, state))) for state in found]
 
     async def restore(self) -> None:
         """Into the first slots: whoever comes with another prompt is given the last of those that are free."""
@@ -98,7 +99,7 @@ class Keeper:
         if active or last_used == self._clean_at or now - last_used < settled_s(0) or now < self._look_at:
             return
         if self._ahead is None or self._ahead.done():
-            self._ahead = _task(self._save(last_used, settled=True))
+            self._ahead = owned(self._save(last_used, settled=True))
 
     async def save(self, last_used: float) -> None:
         """All that is worth it and not on disk yet. The model is idle, and nobody is admitted any more."""
@@ -171,10 +172,3 @@ def _look_at(paths: list[Path]) -> tuple[list[Version], list[str]]:
     stats = [path.stat() for path in paths]
     names = {str(path) for path in paths} | {os.path.realpath(path) for path in paths}
     return [(stat.st_size, stat.st_mtime_ns) for stat in stats], sorted(names)
-
-
-def _task(work: Any) -> Any:
-    """A task whose outcome is looked at even when nobody waits for it."""
-    task = asyncio.get_running_loop().create_task(work)
-    task.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return task
