@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -35,8 +36,23 @@ class Site:
 
     def loads(self, model: str) -> int:
         """Loads that the nodes have begun."""
-        said = (line for node in self.nodes for line in node.said())
+        return sum(self.loads_on(number, model) for number in range(len(self.nodes)))
+
+    def loads_on(self, node: int, model: str) -> int:
+        said = self.nodes[node].said()
         return sum(line.get("event") == "model loading" and line.get("model") == model for line in said)
+
+    def most_at_once(self, node: int) -> int:
+        """Models that the node held or was loading at one time."""
+        held: set[str] = set()
+        most = 0
+        for line in self.nodes[node].said():
+            if line.get("event") == "model loading":
+                held.add(line["model"])
+            elif line.get("event") in ("model unloaded", "model failed"):
+                held.discard(line["model"])
+            most = max(most, len(held))
+        return most
 
 
 def profile(model: str, path: Path, **fields: Any) -> str:
@@ -139,11 +155,59 @@ def test_two_gateways_on_one_fleet_do_not_fight(tmp_path: Path, two: str) -> Non
 
         answers = [answer for its in clients.map(turns, range(4)) for answer in its]
         assert {a.status for a in answers} == {200}, [a.text for a in answers if a.status != 200][:3]
-        on_node = [
-            (line["event"], line["model"])
-            for line in it.nodes[0].said()
-            if line.get("event") in ("model loaded", "model unloaded")
-        ]
-        assert all((first[0] == "model loaded") != (then[0] == "model loaded") for first, then in pairwise(on_node)), (
-            "never two at once"
-        )
+        assert it.most_at_once(0) == 1
+
+
+def _operator_drains(it: Site) -> None:
+    assert it.gateways[0].http.post("/fleet/nodes/n0/drain", {}).json()["running"] == 1
+
+
+def _node_ends(it: Site) -> None:
+    it.nodes[0].process.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("drain", [_operator_drains, _node_ends])
+def test_a_node_killed_while_it_drains_tells_who_was_there_and_the_others_go_elsewhere(
+    tmp_path: Path, two: str, drain: Callable[[Site], None]
+) -> None:
+    with site(tmp_path, two, limits_mb=(ONE_FITS_MB, ONE_FITS_MB + 100)) as it, ThreadPoolExecutor(4) as clients:
+        assert it.ask("a").status == 200  # on the smaller node
+        assert (it.loads_on(0, "a"), it.loads_on(1, "a")) == (1, 0)
+        body = {"model": "a", "messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 1900}
+        body["logit_bias"] = {"2": -100}
+        with it.gateways[0].http.stream("POST", "/v1/chat/completions", json=body) as streamed:
+            events = streamed.events()
+            assert streamed.status == 200
+            next(events)
+            drain(it)
+            waiting = [clients.submit(it.ask, "a") for _ in range(4)]
+            it.nodes[1].wait_for(event="model loading", model="a")
+            it.nodes[0].process.kill()
+            *_, last = events
+        assert last["error"]["code"] == "upstream_error"
+        assert {answer.result().status for answer in waiting} == {200}
+        assert it.loads_on(1, "a") == 1
+        it.gateways[0].wait_for(event="node is down", node="n0")
+        assert it.ask("a").status == 200
+
+
+def test_two_gateways_race_on_three_nodes_and_no_node_holds_more_than_it_has(tmp_path: Path) -> None:
+    paths = [chat_model(tmp_path / f"{name}.gguf", SHAPE, seed=seed) for seed, name in enumerate("abcdef")]
+    models = "".join(profile(path.stem, path) for path in paths)
+    fits = (1, 1, 2)
+    with (
+        site(tmp_path, models, limits_mb=(ONE_FITS_MB, ONE_FITS_MB, 300), gateways=2) as it,
+        ThreadPoolExecutor(8) as clients,
+    ):
+        end = time.monotonic() + 25
+
+        def client(number: int) -> list[Any]:
+            rng, answers = Random(number), []
+            while time.monotonic() < end:
+                answers.append(it.ask(rng.choice("abcdef"), gateway=number % 2))
+            return answers
+
+        answers = [answer for its in clients.map(client, range(8)) for answer in its]
+        assert {a.status for a in answers} == {200}, [a.text for a in answers if a.status != 200][:3]
+        assert [it.most_at_once(number) for number in range(3)] == list(fits)
+        assert sum(it.loads(model) for model in "abcdef") >= 20
