@@ -135,7 +135,10 @@ class TraceFile:
 
     def _turn(self) -> None:
         """Begins anew; what there was is kept as the one file of before."""
-        os.replace(self.path, self.path.with_name(self.path.name + ".1"))
+        try:
+            os.replace(self.path, self.path.with_name(self.path.name + ".1"))
+        except FileNotFoundError:
+            pass  # somebody else has moved it, or there was no descriptor left to open the next one with
         fd = _open(self.path)
         os.close(self._fd)
         self._fd, self._size = fd, 0

@@ -11,6 +11,7 @@ import pytest
 from tests.helpers import exchanges
 
 from helexa.core.relay.contract import Exchange, Usage
+from helexa.cortex import trace_recorder
 from helexa.cortex.prefixes import Prompt
 from helexa.cortex.simulate import trace
 from helexa.cortex.trace_recorder import CannotRecord, TraceFile, TraceRecorder
@@ -67,6 +68,25 @@ def test_it_begins_anew_when_it_is_full_and_keeps_one_of_before(tmp_path: Path) 
     assert [len(lines) for lines in kept] == [90, 60]
     assert [int(line) for lines in kept for line in lines.splitlines()] == [15, 16, 17, 18, 19]
     assert stat.S_IMODE((tmp_path / "t.jsonl").stat().st_mode) == 0o600
+
+
+def test_a_turn_that_could_not_open_the_new_file_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = TraceFile(tmp_path / "t.jsonl", 10)
+    file.append(b"12345678\n")
+
+    def none_left(*_: object) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trace_recorder, "_open", none_left)
+        file.append(b"lost\n")
+        assert file.failed
+    file.append(b"kept\n")
+    file.close()
+    assert (tmp_path / "t.jsonl").read_bytes() == b"kept\n"
+    assert (tmp_path / "t.jsonl.1").read_bytes() == b"12345678\n"
 
 
 def test_it_goes_on_after_what_was_there_without_the_half_line_of_a_killed_process(tmp_path: Path) -> None:
