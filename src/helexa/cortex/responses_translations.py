@@ -17,7 +17,7 @@ from helexa.core.dialects.node_errors import Naming
 from helexa.core.dialects.responses_document import Document
 from helexa.core.dialects.responses_sinks import EventWriter, ResponseBuilder
 from helexa.core.dialects.responses_stream import Answer
-from helexa.core.errors import HelexaError, UpstreamError
+from helexa.core.errors import BadRequest, HelexaError, UpstreamError
 from helexa.core.relay.contract import Exchange, Mend
 from helexa.cortex.response_store import Record, chain, conversation, find_item, not_found, owner_of
 from helexa.cortex.translated import Setup, Translated, Witness
@@ -31,6 +31,7 @@ class _Asked(Translated):
         self._store = setup.responses
         self._owner = owner_of(exchange.header("authorization") or exchange.header("x-api-key"))
         self._previous = asked.previous_response_id
+        self._referred: set[str] = set()
         history: list[wire.Item] = []
         if self._previous is not None:
             history = self._resolved(conversation(chain(self._store, self._owner, self._previous)))
@@ -52,9 +53,13 @@ class _Asked(Translated):
         return [self._found(item) if responses_input.is_reference(item) else item for item in items]
 
     def _found(self, reference: wire.Item) -> wire.Item:
-        found = find_item(self._store, self._owner, reference.id or "")
+        item_id = reference.id or ""
+        if item_id in self._referred:  # a small body could name a large item without end
+            raise BadRequest(f"Duplicate item found with id '{item_id}'; refer to it once", param="input")
+        self._referred.add(item_id)
+        found = find_item(self._store, self._owner, item_id)
         if found is None:
-            raise not_found("Item", reference.id or "")
+            raise not_found("Item", item_id)
         return found
 
 

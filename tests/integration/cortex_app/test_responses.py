@@ -121,6 +121,9 @@ def test_an_item_may_stand_for_one_that_is_kept(tmp_path: Path) -> None:
             await asked(gateway, input="On", previous_response_id=second["id"])
             lost = await gateway.post("/v1/responses", asking(input=[{**reference, "id": "msg_1"}]))
             assert (lost.status, lost.json()["error"]["code"]) == (404, "not_found")
+            twice = await gateway.post("/v1/responses", asking(input=[reference, reference]))
+            assert (twice.status, twice.json()["error"]["param"]) == (400, "input")
+            assert "Duplicate item" in twice.json()["error"]["message"]
 
     run(scenario())
     said = [{"role": "assistant", "content": TEXT}, user("So?")]
