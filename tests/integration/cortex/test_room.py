@@ -196,7 +196,11 @@ def test_a_load_that_ran_out_of_memory_evicts_one_more_and_is_tried_once_again()
             assert len(a.loads) == 2
             await gate.loader.unload("qwen")
             a.put("z", "loaded", vram_used_mb=4000)
-            await until(gate.fleet, lambda: gate.told("z", "a") == "loaded")
+            # without it the memory would be told with the next poll, after the model
+            a.publish(
+                "device", {"index": 0, "vram_used_mb": 4000, "vram_free_mb": 6000}
+            )  # may be told with a poll only
+            await until(gate.fleet, lambda: (gate.told("z", "a"), gate.fleet.nodes["a"].free_mb) == ("loaded", 6000))
             await gate.loader.ensure("qwen", 2)
             assert [order.id for order in a.unloads][3:] == ["z"], "the lesson is kept"
             assert len(a.loads) == 3
