@@ -12,10 +12,9 @@ import base64
 import http.client
 import socket
 import ssl
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any, Final
@@ -29,7 +28,8 @@ from helexa.neuron.harness.splice import members, splice
 
 MAX_BYTES: Final = 20 << 20  # OpenAI's bound for one image
 MAX_IMAGES: Final = 16
-WITHIN_S: Final = 10.0  # for one image, redirects included
+MAX_TOGETHER: Final = 45 << 20  # of one request: as base64 they are the 60 MB that a body may have that brings its own
+WITHIN_S: Final = 10.0  # for one image, redirects and its turn included
 MAX_REDIRECTS: Final = 3
 WORKERS: Final = 4
 
@@ -72,6 +72,7 @@ class ImageFetcher:
     def __init__(self, may_reach: Callable[[str], bool] = is_public) -> None:
         self._may_reach = may_reach
         self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="image")
+        self._turn = asyncio.Semaphore(WORKERS)  # requests whose images are in memory before they have a seat
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -92,40 +93,71 @@ class ImageFetcher:
             return body
         if len(places) > MAX_IMAGES:
             raise _bad(places[MAX_IMAGES].where, f"is one too many: {MAX_IMAGES} images of one request are fetched")
-        loop = asyncio.get_running_loop()
-        for place in places:
-            url = place.part["image_url"]["url"]
-            try:
-                data = await loop.run_in_executor(self._threads, self._fetch, url)
-            except _Refused as err:
-                raise _bad(place.where, str(err)) from None
-            kind = _kind(data)
-            if kind is None:
-                raise _bad(place.where, f"leads to what is no picture: {url}")
-            place.part["image_url"]["url"] = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        together = 0
+        async with self._turn:
+            for place in places:
+                url = place.part["image_url"]["url"]
+                data = await self._image(place.where, url)
+                together += len(data)
+                if together > MAX_TOGETHER:
+                    raise _bad(place.where, f"makes the request's images larger than {MAX_TOGETHER >> 20} MB together")
+                kind = _kind(data)
+                if kind is None:
+                    raise _bad(place.where, f"leads to what is no picture: {url}")
+                place.part["image_url"]["url"] = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
         return splice(body, {"messages": msgspec.json.encode(messages)})
 
-    def _fetch(self, url: str) -> bytes:
-        """In a thread of ours."""
-        until = time.monotonic() + WITHIN_S
+    async def _image(self, where: str, url: str) -> bytes:
+        errand = _Errand(url, self._may_reach)
+        try:
+            async with asyncio.timeout(WITHIN_S):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, errand.run)
+        except TimeoutError:
+            raise _bad(where, f"did not come within {WITHIN_S:g} s: {url}") from None
+        except _Refused as err:
+            raise _bad(where, str(err)) from None
+        finally:
+            errand.cut()
+
+
+class _Errand:
+    """One image, in a thread of ours. A server that sends a byte now and then keeps within the time of every read: so
+    the whole is ended from outside, by `cut`, also when the client leaves."""
+
+    def __init__(self, url: str, may_reach: Callable[[str], bool]) -> None:
+        self._url = url
+        self._may_reach = may_reach
+        self._sock: socket.socket | None = None
+        self._cut = False
+
+    def cut(self) -> None:
+        """From any thread: `run` ends now. Idempotent."""
+        self._cut = True
+        sock = self._sock
+        if sock is not None:
+            with suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of the connection, whatever TLS has to say to it
+
+    def run(self) -> bytes:
+        """Raises _Refused."""
+        url = self._url
         try:
             for _ in range(MAX_REDIRECTS + 1):
                 target = urlsplit(url)
-                connection = self._connect(target, until)
+                connection = self._connect(target)
                 try:
-                    location, data = _get(connection, target, until)
+                    location, data = _get(connection, target)
                 finally:
+                    self._sock = None
                     connection.close()
                 if location is None:
                     return data
                 url = urljoin(url, location)
-        except TimeoutError:
-            raise _Refused(f"did not come within {WITHIN_S:g} s: {url}") from None
         except (OSError, http.client.HTTPException, ValueError) as err:
             raise _Refused(f"cannot be fetched: {url}: {err}") from None
         raise _Refused(f"is redirected more than {MAX_REDIRECTS} times: {url}")
 
-    def _connect(self, target: SplitResult, until: float) -> http.client.HTTPConnection:
+    def _connect(self, target: SplitResult) -> http.client.HTTPConnection:
         host = target.hostname
         if target.scheme not in _PORTS or not host:
             raise _Refused(f"leads to {target.scheme}:, and only http: and https: are fetched")
@@ -133,13 +165,18 @@ class ImageFetcher:
         addresses = [str(row[4][0]) for row in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
         if not addresses or not all(map(self._may_reach, addresses)):
             raise _Refused(f"leads to an address that is not public: {host}")
-        sock = socket.create_connection((addresses[0], port), timeout=_left(until))
+        sock = socket.create_connection((addresses[0], port), timeout=WITHIN_S)
         try:
-            if target.scheme == "http":
-                connection = http.client.HTTPConnection(host, port)
-            else:
-                sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
+            connection = http.client.HTTPConnection(host, port)
+            if target.scheme == "https":
                 connection = http.client.HTTPSConnection(host, port)
+                context = ssl.create_default_context()
+                sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+            self._sock = sock
+            if self._cut:
+                raise OSError("it is not wanted any more")
+            if isinstance(sock, ssl.SSLSocket):
+                sock.do_handshake()
         except BaseException:
             sock.close()
             raise
@@ -147,10 +184,9 @@ class ImageFetcher:
         return connection
 
 
-def _get(connection: http.client.HTTPConnection, target: SplitResult, until: float) -> tuple[str | None, bytes]:
+def _get(connection: http.client.HTTPConnection, target: SplitResult) -> tuple[str | None, bytes]:
     """(where it is redirected to, or None; the body)."""
     path = (target.path or "/") + (f"?{target.query}" if target.query else "")
-    sock = connection.sock  # http.client lets go of it where the answer ends with the connection
     connection.request("GET", path, headers={"Accept": "image/*", "Connection": "close"})
     with closing(connection.getresponse()) as answer:
         location = answer.headers.get("Location")
@@ -159,14 +195,13 @@ def _get(connection: http.client.HTTPConnection, target: SplitResult, until: flo
         if answer.status != 200:
             raise _Refused(f"cannot be fetched: {target.geturl()} answers {answer.status}")
         data = bytearray()
-        while True:
-            sock.settimeout(_left(until))
-            part = answer.read1(1 << 16)
-            if not part:
-                return None, bytes(data)
+        while part := answer.read1(1 << 16):
             data += part
             if len(data) > MAX_BYTES:
                 raise _Refused(f"is larger than {MAX_BYTES >> 20} MB: {target.geturl()}")
+        if answer.length:
+            raise http.client.IncompleteRead(bytes(data), answer.length)
+        return None, bytes(data)
 
 
 def _places(messages: Any) -> Iterator[_Place]:
@@ -184,13 +219,6 @@ def _kind(data: bytes) -> str | None:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((kind for begin, kind in _PICTURES if data.startswith(begin)), None)
-
-
-def _left(until: float) -> float:
-    left = until - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
 
 
 def _bad(param: str, what: str) -> BadRequest:

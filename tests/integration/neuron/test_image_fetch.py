@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import inspect
 import json
@@ -26,6 +27,9 @@ from helexa.neuron.image_fetch import ImageFetcher, is_public
 PNG = b"\x89PNG\r\n\x1a\n" + b"pixels" * 100_000
 
 
+DRIPPING, LEFT = threading.Event(), threading.Event()
+
+
 class _Server(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/picture":
@@ -38,6 +42,13 @@ class _Server(BaseHTTPRequestHandler):
             self.end_headers()
         elif self.path == "/slow":
             self._answer(200, PNG, pause_s=0.2)
+        elif self.path == "/drip":
+            self._drip()
+        elif self.path == "/short":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(PNG)))
+            self.end_headers()
+            self.wfile.write(PNG[:100_000])
         elif self.path == "/large":
             self._answer(200, PNG[:8] + b"x" * (image_fetch.MAX_BYTES + 1))
         else:
@@ -53,6 +64,17 @@ class _Server(BaseHTTPRequestHandler):
                 time.sleep(pause_s)
         except OSError:
             pass  # the fetcher has seen enough
+
+    def _drip(self) -> None:
+        """A head without an end, a byte now and then, until the other side has enough."""
+        DRIPPING.set()
+        try:
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nx: ")
+            while True:
+                self.wfile.write(b".")
+                time.sleep(0.01)
+        except OSError:
+            LEFT.set()
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -124,6 +146,44 @@ def test_a_slow_picture_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(image_fetch, "WITHIN_S", 0.3)
     with pytest.raises(BadRequest, match=r"within 0\.3 s"):
         fetched(f"{url}/slow", may_reach=anywhere)
+
+
+def test_a_server_that_sends_a_byte_now_and_then_is_left_in_time(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_fetch, "WITHIN_S", 0.3)
+    LEFT.clear()
+    with pytest.raises(BadRequest, match=r"within 0\.3 s"):
+        fetched(f"{url}/drip", may_reach=anywhere)
+    assert LEFT.wait(10), "its thread is still there"
+
+
+def test_a_client_that_leaves_ends_what_was_fetched_for_it(url: str) -> None:
+    async def main(fetcher: ImageFetcher) -> None:
+        into = asyncio.create_task(fetcher.into(asking(f"{url}/drip")))
+        await asyncio.to_thread(DRIPPING.wait, 10)
+        into.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await into
+        assert await asyncio.to_thread(LEFT.wait, 10), "its thread is still there"
+
+    DRIPPING.clear()
+    LEFT.clear()
+    with fetching(may_reach=anywhere) as fetcher:
+        run(main(fetcher))
+
+
+def test_half_a_picture_is_none(url: str) -> None:
+    with pytest.raises(BadRequest, match="cannot be fetched"):
+        fetched(f"{url}/short", may_reach=anywhere)
+
+
+def test_what_is_too_much_together_is_refused_with_the_place_that_makes_it_so(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_fetch, "MAX_TOGETHER", len(PNG) * 2)
+    picture = f"{url}/picture"
+    with pytest.raises(BadRequest, match="together") as refused:
+        fetched(picture, picture, picture, may_reach=anywhere)
+    assert refused.value.param == "messages[0].content[3].image_url.url"
 
 
 def test_nothing_of_one_s_own_network_is_fetched_not_even_after_a_redirect(url: str) -> None:
