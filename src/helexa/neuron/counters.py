@@ -38,7 +38,7 @@ Key = tuple[str, tuple[tuple[str, int, int], ...]]  # the profile's hash; (path,
 
 @dataclass(slots=True, eq=False)
 class _Counter:
-    """opening: done when its host answers. seated: one of MOST. leaving: it ends with its last count."""
+    """opening: done when its host answers. seated: one of MOST."""
 
     key: Key
     model_id: str
@@ -50,7 +50,6 @@ class _Counter:
     seated: bool = False
     active: int = 0
     last_used: float = field(default_factory=time.monotonic)
-    leaving: bool = False
 
 
 class Counters:
@@ -59,6 +58,7 @@ class Counters:
         self._planner = planner
         self._devices = devices
         self._counters: dict[Key, _Counter] = {}
+        self._leaving: set[_Counter] = set()  # they end with their last count
         self._ending: set[asyncio.Task[None]] = set()
         self._seated = 0
         self._room = asyncio.Event()  # one of the seated may go, or has gone
@@ -84,12 +84,16 @@ class Counters:
             assert counter.session is not None
             assert counter.upstream is not None
             return await counter.session.count_tokens(body, counter.upstream)
+        except ConnectionError:
+            if self._closed is not None:  # it was cut by us
+                raise self._closed() from None
+            raise
         finally:
             counter.active -= 1
             counter.last_used = time.monotonic()
             if not counter.active:
                 self._room.set()
-                if counter.leaving:
+                if counter in self._leaving:
                     self._end(counter)
 
     def look(self) -> None:
@@ -109,9 +113,9 @@ class Counters:
     async def close(self, refuse: Callable[[], HelexaError]) -> None:
         """All are gone; who counts is cut. refuse: what is told from now on."""
         self._closed = refuse
-        for counter in list(self._counters.values()):
-            del self._counters[counter.key]
+        for counter in [*self._counters.values(), *self._leaving]:
             self._end(counter)
+        self._counters.clear()
         while self._ending:
             await asyncio.wait(set(self._ending))
 
@@ -169,11 +173,12 @@ class Counters:
     def _dismiss(self, counter: _Counter) -> None:
         del self._counters[counter.key]
         if counter.active:
-            counter.leaving = True
+            self._leaving.add(counter)
         else:
             self._end(counter)
 
     def _end(self, counter: _Counter) -> None:
+        self._leaving.discard(counter)
         task = asyncio.get_running_loop().create_task(self._cut(counter))
         self._ending.add(task)
         task.add_done_callback(self._ended)

@@ -128,6 +128,26 @@ def test_where_not_even_that_fits_or_nothing_is_there_it_is_said(tmp_path: Path)
     run(main())
 
 
+def test_a_shutdown_cuts_a_count_that_a_load_has_already_sent_away(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path) as n:
+            n.model("a")
+            await count(n, "a")
+            (host,) = children()
+            host.suspend()  # its next count never ends
+            counting = asyncio.create_task(count(n, "a"))
+            counters = n.models._counters
+            while not any(counter.active for counter in counters._counters.values()):
+                await asyncio.sleep(0)
+            await counters.make_way()
+            await n.models.stop()
+            with pytest.raises(ShuttingDown):
+                await counting
+            assert not children()
+
+    run(main())
+
+
 def test_a_shutdown_ends_counts_that_have_just_begun(tmp_path: Path) -> None:
     async def main() -> None:
         async with nest(tmp_path) as n:
