@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -265,6 +266,25 @@ def test_what_was_never_finished_is_swept_away_and_what_is_being_written_is_not(
     (kept.folder / "nobody.json").write_text("{")
     kept.sweep()
     assert os.listdir(kept.folder) == [fresh.name]
+
+
+def test_a_state_that_cannot_be_read_now_stays_and_a_stranger_in_the_folder_hinders_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = store(tmp_path / "kv")
+    state = put(kept, "one")
+    (kept.folder / "stranger.json").mkdir()
+    for path in kept.folder.iterdir():
+        os.utime(path, (0, time.time() - ABANDONED_S - 1))
+
+    def full(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", full)
+        kept.sweep()
+    assert kept.find("key", "m") == [state]
+    assert kept.is_sound(state)
 
 
 def test_a_removed_model_takes_its_states_along(tmp_path: Path) -> None:

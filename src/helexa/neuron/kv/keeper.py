@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,7 +78,8 @@ class Keeper:
                 index += 1
                 tokens += state.tokens
             else:
-                await asyncio.to_thread(self._store.drop, state)
+                with suppress(OSError):  # a disk that takes no change: the next load drops it, or is slower for it
+                    await asyncio.to_thread(self._store.drop, state)
         if index:
             self._store.restored += index
             took = round((time.monotonic() - started) * 1000, 1)

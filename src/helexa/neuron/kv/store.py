@@ -77,7 +77,8 @@ class KvStore:
             self._remove(
                 states.surplus(self._scan(), now=self._now(), limit_bytes=self._limit_bytes, max_age_s=self._max_age_s)
             )
-            known = {state.name for state in self._scan()}
+            left, unread = self._look()
+            known = {state.name for state in left} | unread
             for path in self.folder.iterdir():
                 with suppress(OSError):  # another daemon may have been faster
                     young = time.time() - path.stat().st_mtime < ABANDONED_S
@@ -160,21 +161,28 @@ class KvStore:
         self._told = True
 
     def _scan(self) -> list[State]:
-        found = []
+        return self._look()[0]
+
+    def _look(self) -> tuple[list[State], set[str]]:
+        """The states, and the names of those that could not be read (too many open files, an error of the disk): what
+        they are is not known, so they stay. What describes no whole state goes."""
+        found, unread = [], set()
         for path in self.folder.glob("*.json"):
             try:
                 state = _decode(path.read_bytes())
                 whole = state.name == path.stem and self.path_of(state).stat().st_size == state.size_bytes
-            except FileNotFoundError:
+            except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
                 whole = False
-            except (OSError, msgspec.DecodeError, ValueError):
-                whole = False
+            except OSError:
+                unread.add(path.stem)
+                continue
             if whole:
                 found.append(state)
-            else:
+                continue
+            with suppress(OSError):
                 path.unlink(missing_ok=True)
         self._size, self._count = sum(state.size_bytes for state in found), len(found)
-        return found
+        return found, unread
 
     def _remove(self, gone: Collection[State]) -> None:
         """The description first: what is left without one is nobody's."""

@@ -11,12 +11,12 @@ import os
 import struct
 from array import array
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import xxhash
 
-from helexa.core.relay.upstream import Upstream
+from helexa.core.relay.upstream import Answer, Upstream
 from helexa.neuron.harness.base import CACHE_BLOCK, CacheFailed, Plan, Saved, SlotUse
 
 HEAD: Final = struct.Struct("<4s5I")  # magic, version, how many integers follow; of those, the first three
@@ -43,6 +43,21 @@ def can_save(plan: Plan) -> bool:
     return plan.facts.task in ("chat", "completion") and plan.files.projector is None and plan.files.draft is None
 
 
+class _Slot(msgspec.Struct):
+    """One of GET /slots."""
+
+    id: int
+    n_prompt_tokens: int = 0
+    id_task: int | None = None
+
+
+class _Written(msgspec.Struct):
+    """The answer to a save."""
+
+    n_saved: int
+    n_written: int
+
+
 class LlamaPromptCache:
     """harness.base.PromptCache."""
 
@@ -54,26 +69,23 @@ class LlamaPromptCache:
         answer = await engine.fetch("GET", "/slots", timeout_s=ANSWER_S)
         if answer.status != 200:
             raise CacheFailed(f"the engine does not tell its slots: {answer.status}")
-        return [
-            SlotUse(slot["id"], slot.get("n_prompt_tokens", 0), slot.get("id_task"))
-            for slot in answer.json(list[dict[str, Any]])
-        ]
+        slots: list[_Slot] = answer.json(list[_Slot])
+        return [SlotUse(slot.id, slot.n_prompt_tokens, slot.id_task) for slot in slots]
 
     async def save(self, engine: Upstream, slot: int, file: Path) -> Saved:
-        told = await self._act(engine, slot, "save", file)
-        tokens, size = told["n_saved"], told["n_written"]
-        return Saved(tokens, await asyncio.to_thread(blocks_of, file, tokens, at_least_bytes=size))
+        written: _Written = (await self._act(engine, slot, "save", file)).json(_Written)
+        blocks = await asyncio.to_thread(blocks_of, file, written.n_saved, at_least_bytes=written.n_written)
+        return Saved(written.n_saved, blocks)
 
     async def restore(self, engine: Upstream, slot: int, file: Path) -> None:
         await self._act(engine, slot, "restore", file)
 
-    async def _act(self, engine: Upstream, slot: int, action: str, file: Path) -> dict[str, Any]:
+    async def _act(self, engine: Upstream, slot: int, action: str, file: Path) -> Answer:
         order = msgspec.json.encode({"filename": file.name})
         answer = await engine.fetch("POST", f"/slots/{slot}?action={action}", order, timeout_s=None)
         if answer.status != 200:
             raise CacheFailed(f"the engine cannot {action} a slot: {answer.body[:300].decode(errors='replace')}")
-        told: dict[str, Any] = answer.json(dict[str, Any])
-        return told
+        return answer
 
 
 def blocks_of(file: Path, tokens: int, *, at_least_bytes: int = 0) -> tuple[str, ...]:
