@@ -18,6 +18,7 @@ NOT_JSON: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     """decoder: of a Struct. Raises BadRequest."""
     try:
+        body.decode()  # what a type skips, or keeps as it came, is not looked into
         return decoder.decode(body)
     except NOT_JSON as err:
         fields: tuple[str, ...] = getattr(decoder.type, "__struct_fields__", ())

@@ -28,6 +28,7 @@ ORDER = msgspec.json.Decoder(Order)
         (b"{", None, "not valid JSON"),
         (b"", None, "not valid JSON"),
         (b'{"model": "\xff"}', None, "not valid JSON"),
+        (b'{"model": "m", "slots": 1, "skipped": "\xff"}', None, "not valid JSON"),
         (b"[" * 100_000, None, "The body is"),
     ],
 )
