@@ -132,6 +132,9 @@ class Pair:
         except HelexaError as error:
             self.fail(error)
             return
+        except Exception as err:
+            self._route_failed(err)
+            return
         if isinstance(chosen, Route):
             self._use(chosen)
         elif isinstance(chosen, Reply):
@@ -147,14 +150,18 @@ class Pair:
             self.fail(error)
         except Exception as err:
             self._task = None
-            _log.exception("route failed", request_id=self.exchange.request_id, model=self.exchange.model)
-            self.fail(HelexaError(f"The gateway failed while it waited for {self.exchange.model}: {err!r}"))
+            self._route_failed(err)
         else:
             self._task = None
             if isinstance(route, Reply):
                 self._reply(route)
             else:
                 self._use(route)
+
+    def _route_failed(self, err: Exception) -> None:
+        """A fault of the director's own, told all the same: without an answer the client would ask again and again."""
+        _log.exception("route failed", request_id=self.exchange.request_id, model=self.exchange.model)
+        self.fail(HelexaError(f"No place was found for {self.exchange.model}, by a fault of the gateway's: {err!r}"))
 
     def _reply(self, reply: Reply) -> None:
         if self.phase is Phase.OVER:
