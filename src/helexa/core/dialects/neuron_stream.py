@@ -52,8 +52,8 @@ class ChatStream:
         raise NotImplementedError
 
     def on_text(self, text: str) -> None:
-        """The same of a completion, where it may be asked for one."""
-        raise NotImplementedError
+        """The same of a completion; overridden where one may be asked for."""
+        raise UpstreamError("the node answered a chat with a completion")
 
     def on_progress(self, progress: chat.PromptProgress) -> None:
         """The prefill went on."""

@@ -305,3 +305,9 @@ def test_a_message_has_nothing_to_take_before_its_end() -> None:
     message = answer.feed(call + delta("tool_calls") + usage())
     assert b'"input":{"x": 1.10}' in message  # as the model wrote it
     assert answer.finish() == b""
+
+
+def test_a_completion_in_place_of_a_chat_is_the_node_s_error() -> None:
+    answer = Answer(EventWriter(message_id="msg_1", model="m"), message_id="msg_1", max_tokens=None)
+    with pytest.raises(UpstreamError, match="completion"):
+        answer.feed(event(choices=[{"index": 0, "text": "x"}]))
