@@ -156,7 +156,8 @@ class Upstream:
             made = await self.open()
         except OSError:  # TimeoutError is one
             return  # the next request opens its own, and tells
-        self._idle.append(made)  # one that the other end closes unused is not replaced again
+        if not made.closed:
+            self.give_back(made)  # one that the other end closes unused is not replaced again
 
     def _stop_renewing(self) -> None:
         self.closing = True
@@ -185,7 +186,7 @@ class Upstream:
         """`abort`, and return when the descriptors are closed."""
         self.abort()
         for _ in range(_CLOSING_TURNS):
-            if not self._open:
+            if not self._open and not self._renewals:  # a cancelled one has its socket for another turn
                 return
             await asyncio.sleep(0)
 
