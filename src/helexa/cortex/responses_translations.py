@@ -96,12 +96,15 @@ class Responses(_Asked):
         sink = self._sink
         if not self._asked.store or sink is None or not (exchange.t_first_token or sink.response):
             return  # nothing was said that anyone could come back to
+        listed = responses_items.try_listed(exchange.body, self._document.key)
+        if listed is None:
+            return
         self._store.put(
             Record(
                 id=self._document.id,
                 owner=self._owner,
                 previous=self._previous,
-                input=responses_items.listed(exchange.body, self._document.key),
+                input=listed,
                 response=sink.response or sink.broken_off(),
             )
         )

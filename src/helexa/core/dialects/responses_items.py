@@ -7,6 +7,8 @@ from typing import Any, Final
 
 import msgspec
 
+from helexa.core.bodies import try_decode
+
 _encode = msgspec.json.Encoder().encode
 _PREFIXES: Final = {
     "message": "msg",
@@ -22,13 +24,17 @@ class _Input(msgspec.Struct):
     input: str | list[dict[str, Any]] | None = None
 
 
-_input = msgspec.json.Decoder(_Input).decode
+_input = msgspec.json.Decoder(_Input)
 
 
-def listed(body: bytes, key: str) -> bytes:
+def try_listed(body: bytes, key: str) -> bytes | None:
     """The input of a request body that was read before, as a JSON list of items that each have an id, a type and, where
-    their type has one, a status.   key: the response's part of all ids."""
-    given = _input(body).input
+    their type has one, a status.   key: the response's part of all ids.   None where a field that reading the request
+    skips holds what cannot be read: a number beyond all floats, a list too deep."""
+    read = try_decode(_input, body)
+    if read is None:
+        return None
+    given = read.input
     items: Sequence[dict[str, Any]]
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given or []
     return _encode([_listed(item, f"{key}i{i}") for i, item in enumerate(items)])

@@ -52,6 +52,7 @@ class Tools:
         self.places: list[str] = []
         self.called: dict[str, Called] = {}
         self.given: list[int] = []
+        self._flat: dict[str, list[str]] = {}  # of each tool's own name, those of its functions
 
     def read(self, tools: Sequence[wire.Tool], where: str = "tools") -> None:
         for i, tool in enumerate(tools):
@@ -106,6 +107,7 @@ class Tools:
         if tool.allowed_callers not in (None, [], ["direct"]):
             self._drop("tools.allowed_callers")
         self.called[name] = Called(tool.name, namespace, is_custom=tool.type == "custom")
+        self._flat.setdefault(tool.name, []).append(name)
         self.places.append(place)
         self.functions.append({"type": "function", "function": function})
 
@@ -158,7 +160,7 @@ class Tools:
         name = function_name(choice.name, choice.namespace)
         if name in self.called:
             return name
-        inside = [flat for flat, called in self.called.items() if called.name == choice.name]
+        inside = self._flat.get(choice.name, ())
         if not choice.namespace and len(inside) == 1:
             return inside[0]
         raise bad(f"{where}.name", f"{choice.name!r} is not among the tools that can be called here")

@@ -10,6 +10,7 @@ import pytest
 
 from helexa.core.dialects.neuron_request import Options
 from helexa.core.dialects.responses_input import seal
+from helexa.core.dialects.responses_items import try_listed
 from helexa.core.dialects.responses_request import Translation, read, translate
 from helexa.core.errors import BadRequest
 from helexa.neuron.harness.openai_fields import read_chat
@@ -488,3 +489,20 @@ def test_the_answer_repeats_the_request_on_one_line() -> None:
     assert b"\n" not in echo
     told = json.loads(b"{" + echo + b"}")
     assert (told["tools"], told["tool_choice"], told["text"]) == ([FUNCTION], "auto", {"format": {"type": "text"}})
+
+
+@pytest.mark.parametrize("skipped", [b"1e999", b"[" * 950 + b"]" * 950 + b"1"])
+def test_an_input_with_what_reading_skips_and_nobody_can_list_is_listed_as_nothing(skipped: bytes) -> None:
+    assert try_listed(b'{"input":[{"role":"user","content":"x","foo":' + skipped + b"}]}", "k") is None
+
+
+def test_a_body_that_is_no_utf_8_is_refused_though_the_fault_is_where_nobody_looks() -> None:
+    with pytest.raises(BadRequest, match="not valid JSON"):
+        read(b'{"input":[{"role":"user","content":"x","foo":"\xff"}]}')
+
+
+def test_a_tool_s_own_name_means_one_in_a_namespace_only_where_it_is_the_only_one() -> None:
+    other = {**SPACE, "name": "yard"}
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]}
+    assert [t["function"]["name"] for t in chat(tools=[SPACE], tool_choice=choice)["tools"]] == ["home__f"]
+    assert refused(tools=[SPACE, other], tool_choice=choice) == "tool_choice.tools[0].name"
