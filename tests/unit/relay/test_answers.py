@@ -13,7 +13,7 @@ from tests.helpers.wires import CHAT, Recorder, Wire, client_of, dechunk, reques
 
 from helexa.core.errors import Dialect, Overloaded
 from helexa.core.relay import connection
-from helexa.core.relay.contract import Endpoint, Exchange, Reply, Route, Usage
+from helexa.core.relay.contract import Endpoint, Reply, Usage
 from helexa.core.relay.server import Server
 
 
@@ -297,18 +297,3 @@ def test_the_wire_helper_itself_refuses_a_broken_frame() -> None:
     with pytest.raises((AssertionError, ValueError)):
         dechunk(b"HTTP/1.1 200 OK\r\n\r\n5\r\nabc\r\n0\r\n\r\n")
     assert Wire().sent == b""
-
-
-def test_a_fault_of_the_director_s_own_is_told_and_leaves_nothing_behind() -> None:
-    class Faulty(Recorder):
-        def route(self, exchange: Exchange) -> Route:
-            raise KeyError("lost")
-
-    upstream, _, _ = waiting_upstream()
-    director = Faulty(upstream)
-    server = Server(director=director, endpoints=[CHAT])
-    client, wire = client_of(server)
-    client.data_received(request(ASK))
-    assert wire.sent.startswith(b"HTTP/1.1 500 ")
-    assert b"KeyError" in wire.sent
-    assert (len(director.finished), server.inflight) == (1, 0)

@@ -7,9 +7,11 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.helpers.lines import ASK, DONE, HEAD, ROLE, STOP, TEXTS, Line, chunked, delta, event
-from tests.helpers.wires import dechunk, request, waiting_upstream
+from tests.helpers.wires import CHAT, Recorder, client_of, dechunk, request, waiting_upstream
 
 from helexa.core.errors import Overloaded, UpstreamError
+from helexa.core.relay.contract import Exchange, Route
+from helexa.core.relay.server import Server
 
 
 @given(texts=TEXTS, at=st.integers(0, 3000), reads=st.integers(1, 200))
@@ -176,3 +178,18 @@ def test_an_error_event_after_the_first_delta_passes_and_is_counted_as_the_error
     line.hear(HEAD + chunked(delta("a"), [400])[:-5], chunked(delta("b"), [400])[:-5], chunked(ERROR, [400]))
     assert line.body == delta("a") + delta("b") + ERROR
     assert line.director.finished[0].error is not None
+
+
+def test_a_fault_of_the_director_s_own_is_told_and_leaves_nothing_behind() -> None:
+    class Faulty(Recorder):
+        def route(self, exchange: Exchange) -> Route:
+            raise KeyError("lost")
+
+    upstream, _, _ = waiting_upstream()
+    director = Faulty(upstream)
+    server = Server(director=director, endpoints=[CHAT])
+    client, wire = client_of(server)
+    client.data_received(request(ASK))
+    assert wire.sent.startswith(b"HTTP/1.1 500 ")
+    assert b"KeyError" in wire.sent
+    assert (len(director.finished), server.inflight) == (1, 0)

@@ -18,7 +18,7 @@ from tests.helpers.responses_conversations import conversations
 
 from helexa.core import sse
 from helexa.core.dialects.responses_document import Document
-from helexa.core.dialects.responses_items import listed
+from helexa.core.dialects.responses_items import try_listed
 from helexa.core.dialects.responses_request import read, translate
 from helexa.core.dialects.responses_sinks import EventWriter, ResponseBuilder
 from helexa.core.dialects.responses_stream import Answer
@@ -241,7 +241,7 @@ def test_texts_calls_and_results_reach_the_prompt_in_their_order(body: dict[str,
 @settings(deadline=None)
 @given(conversations())
 def test_what_was_asked_is_listed_in_items_of_the_sdk_s_types(body: dict[str, Any]) -> None:
-    items = json.loads(listed(json.dumps(body).encode(), "hx1"))
+    items = json.loads(try_listed(json.dumps(body).encode(), "hx1") or b"")
     given_input = body["input"]
     assert len(items) == (1 if isinstance(given_input, str) else len(given_input))
     for item in items:
