@@ -78,8 +78,8 @@ $(TEST_MODEL): constraints.txt | $(INSTALLED)
 
 # One version of torch is a CPU build of its own size; others are gigabytes of CUDA, which no test uses.
 $(TEST_TORCH): constraints.txt | $(INSTALLED)
-	echo 'Installing torch for the tests of tensor-parallel ranks (190 MB, once) ...' >&2
-	$(PIP) torch
+	echo 'Installing torch, and transformers as the reference, for the tests of the torch engine (210 MB, once) ...' >&2
+	$(PIP) --editable '.[torch]' transformers
 	touch $@
 
 # Coding agents and libraries that the tests run against a gateway. Where there is no npm their tests are skipped, and
