@@ -40,9 +40,10 @@ class Tree:
             chosen = min(replicas, key=lambda r: r.inflight)
         else:
             held = self._tree.match(prompt, len(replicas))
-            best = max(held, key=lambda r: held[r], default=None)
-            if best is not None and held[best] >= self._share * prompt.weight:
-                chosen = best
+            longest = max(held.values(), default=0.0)
+            if held and longest >= self._share * prompt.weight:
+                # Which of several its router finds first is chance, and here the seed's.
+                chosen = self._rng.choice([r for r in replicas if held.get(r) == longest])
             else:
                 chosen = min(replicas, key=lambda r: self._tree.sizes.get(r, 0.0))
         self._tree.note(chosen, prompt, 2**26)
