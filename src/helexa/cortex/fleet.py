@@ -24,8 +24,9 @@ from helexa.core.discovery import DeviceHealth, Discovery, NodeHealth
 from helexa.core.errors import ModelNotFound, NoNode
 from helexa.core.lifecycle import ModelInfo, ModelStatus
 from helexa.core.relay.upstream import Upstream
-from helexa.cortex.listing import entry, node_view, status_rank
+from helexa.cortex.listing import entry, status_rank
 from helexa.cortex.names import Names, closest
+from helexa.cortex.node_view import node_view
 from helexa.cortex.nodes import MISSES_UNTIL_DOWN, Node, NodeState, Replica, loads_inside, why_not_up
 
 log = logs.get("cortex.fleet")

@@ -1,23 +1,17 @@
-"""What is shown of the fleet: a model as `GET /v1/models` lists it, what all nodes and the catalogue say about it
-merged; a node as `GET /fleet` shows it. Pure.
+"""A model as `GET /v1/models` lists it: what all nodes and the catalogue say about it, merged. Pure.
 
 A field is true or absent: what nobody knows is left out, never false or 0 (clients read 0 as a context of nothing).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
-
-import msgspec
+from typing import Any, Final
 
 from helexa.core.catalogue import ModelProfile
 from helexa.core.lifecycle import ModelInfo, ModelStatus
-
-if TYPE_CHECKING:
-    from helexa.cortex.nodes import Node
 
 # The nearer to an answer, the higher. A word we do not know ranks below everything: it is not routable.
 RANK: Final[dict[str, int]] = {
@@ -121,36 +115,6 @@ def _architecture(capabilities: Collection[str], task: str | None) -> Mapping[st
     inputs = ["text", "image"] if "vision" in capabilities else ["text"]
     kind = next((k for k in _OUTPUT if task == k or k in capabilities), None)
     return {"input_modalities": inputs, "output_modalities": _OUTPUT[kind] if kind else ["text"]}
-
-
-def node_view(node: Node, is_as_configured: Callable[[str, ModelInfo], bool]) -> dict[str, Any]:
-    """One of GET /fleet's nodes. Its token is nowhere in it."""
-    seen: dict[str, Any] = {
-        "name": node.name,
-        "endpoint": node.endpoint,
-        "state": node.state,
-        "since": rfc3339(node.since),
-        "discovery": node.discovery.to_wire() if node.discovery else None,
-        "health": msgspec.to_builtins(node.health) if node.health else None,
-        "version": node.version,
-        "models": list(_models_view(node, is_as_configured)),
-    }
-    if node.is_set_aside:
-        seen["set_aside"] = True
-    if node.last_error is not None:
-        seen["last_error"] = node.last_error
-    return {key: value for key, value in seen.items() if value is not None}
-
-
-def _models_view(node: Node, is_as_configured: Callable[[str, ModelInfo], bool]) -> Iterator[dict[str, Any]]:
-    for model_id, info in node.models.items():
-        replica = node.replicas.get(model_id)
-        shown = {**msgspec.to_builtins(info), "id": model_id, "inflight": replica.inflight if replica else 0}
-        if replica is not None and (rate := replica.work.rate) is not None:
-            shown["prefill_tokens_per_s"] = round(rate, 1)
-        if info.status == ModelStatus.LOADED and not is_as_configured(model_id, info):
-            shown["loaded_differently"] = True
-        yield shown
 
 
 def rfc3339(at: float) -> str:
