@@ -17,7 +17,7 @@ from helexa.core import sse
 from helexa.core.errors import BadRequest, ContextLengthExceeded, HelexaError
 from helexa.core.relay.upstream import Upstream
 from helexa.neuron.harness.base import Session
-from helexa.neuron.harness.llama.mends_collect import Collector
+from helexa.neuron.harness.collect import Collector
 
 USER = [{"role": "user", "content": "What is 1 and 2? Say it in a few words."}]
 ADD = {

@@ -16,7 +16,7 @@ from tests.helpers.exchanges import CHAT, COMPLETIONS, exchange, session
 from helexa.core import sse
 from helexa.core.errors import ContextLengthExceeded, UpstreamError
 from helexa.core.relay.contract import Mend
-from helexa.neuron.harness.llama.mends_collect import Collector
+from helexa.neuron.harness.collect import Collector
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}

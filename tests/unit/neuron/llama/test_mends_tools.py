@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.helpers import engine_events as engine
 
+from helexa.neuron.harness.collect import Collector
 from helexa.neuron.harness.llama.mends import AnswerMend
-from helexa.neuron.harness.llama.mends_collect import Collector
 from helexa.neuron.harness.llama.mends_tools import WrittenCalls, call_schema
 
 NAMES = ("add", "add_all", "get.weather")

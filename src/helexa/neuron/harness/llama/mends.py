@@ -22,7 +22,7 @@ import msgspec
 
 from helexa.core import sse
 from helexa.core.errors import HelexaError, UpstreamError
-from helexa.neuron.harness.llama.mends_collect import Collector
+from helexa.neuron.harness.collect import Collector
 
 Chunk = dict[str, Any]
 

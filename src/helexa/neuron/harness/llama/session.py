@@ -20,15 +20,15 @@ from helexa.core.relay.upstream import Upstream
 from helexa.neuron.harness import openai_fields as fields
 from helexa.neuron.harness import openai_lists, system_messages
 from helexa.neuron.harness.base import Plan, Prepared
+from helexa.neuron.harness.collect import Collector
 from helexa.neuron.harness.llama import infill, refusals
 from helexa.neuron.harness.llama.geometry import Geometry
 from helexa.neuron.harness.llama.mends import AnswerMend, Echo, Reasoning, RerankMend, Step, Stops, TopLogprobs, Usages
-from helexa.neuron.harness.llama.mends_collect import Collector
 from helexa.neuron.harness.llama.mends_embeddings import Cut
 from helexa.neuron.harness.llama.mends_logprobs import CompletionLogprobs
 from helexa.neuron.harness.llama.mends_tools import WrittenCalls, call_schema
-from helexa.neuron.harness.llama.tools_as_text import messages_with_tools, needs_text
 from helexa.neuron.harness.splice import members, prepend, splice
+from helexa.neuron.harness.tools_as_text import messages_with_tools, needs_text
 
 CHAT: Final = openai_lists.CHAT
 COMPLETIONS: Final = openai_lists.COMPLETIONS

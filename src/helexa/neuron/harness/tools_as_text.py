@@ -1,7 +1,7 @@
 """Tools for a model whose chat template cannot show them: told in the system message, calls and results as text. Pure.
 
 Such a template drops `tools`, `tool_calls` and the role `tool` without a word, and the model answers as if there were
-none. Here they reach it; what it writes is read back by mends_tools. Only messages of such requests are rewritten.
+none. Here they reach it; what it writes is read back by each harness. Only messages of such requests are rewritten.
 """
 
 from __future__ import annotations
