@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -66,20 +66,23 @@ _POOLINGS: Final = {
 }
 
 
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
 class _Raw(msgspec.Struct):
     """What this engine reads of config.json; transformers of any version since 4.30 may have written it."""
 
     architectures: list[str] | None = None
-    vocab_size: int | None = None
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    vocab_size: _Count | None = None
+    hidden_size: _Count | None = None
+    intermediate_size: _Count | None = None
+    num_hidden_layers: _Count | None = None
+    num_attention_heads: _Count | None = None
+    num_key_value_heads: _Count | None = None
+    head_dim: _Count | None = None
     hidden_act: str | None = None
     hidden_activation: str | None = None
-    max_position_embeddings: int | None = None
+    max_position_embeddings: _Count | None = None
     rms_norm_eps: float | None = None
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
@@ -92,18 +95,18 @@ class _Raw(msgspec.Struct):
     sliding_window: int | None = None
     use_sliding_window: bool | None = None
     max_window_layers: int | None = None
-    sliding_window_pattern: int | None = None
+    sliding_window_pattern: _Count | None = None
     layer_types: list[str] | None = None
     no_rope_layers: list[int] | None = None
-    no_rope_layer_interval: int | None = None
-    num_experts: int | None = None
-    num_local_experts: int | None = None
-    num_experts_per_tok: int | None = None
-    moe_intermediate_size: int | None = None
-    decoder_sparse_step: int | None = None
+    no_rope_layer_interval: _Count | None = None
+    num_experts: _Count | None = None
+    num_local_experts: _Count | None = None
+    num_experts_per_tok: _Count | None = None
+    moe_intermediate_size: _Count | None = None
+    decoder_sparse_step: _Count | None = None
     mlp_only_layers: list[int] | None = None
     norm_topk_prob: bool | None = None
-    query_pre_attn_scalar: float | None = None
+    query_pre_attn_scalar: Annotated[float, msgspec.Meta(gt=0)] | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     use_bidirectional_attention: bool | None = None
@@ -158,10 +161,12 @@ def parse_config(config: dict[str, Any], generation: dict[str, Any] | None = Non
     if heads % groups:
         raise Unsupported(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
     head_dim = raw.head_dim or family.head_dim or hidden // heads
+    if head_dim < 2 or head_dim % 2:
+        raise Unsupported(f"config.json: heads of {head_dim} dimensions cannot be turned in pairs")
     context = raw.max_position_embeddings or (131_072 if name == "Gemma3" else 2048)
     experts = _experts(raw, family)
     layers, ropes = _layers(name, family, raw, context, experts is not None)
-    scale = head_dim if name != "Gemma3" else raw.query_pre_attn_scalar or 256
+    scale = head_dim if name != "Gemma3" else raw.query_pre_attn_scalar or 256.0
     bias = bool(raw.attention_bias)
     ends = _convert(generation, _Generation, "generation_config.json").eos_token_id if generation else None
     starts = _ids(raw.bos_token_id if raw.bos_token_id is not None else outer.bos_token_id)
@@ -344,9 +349,9 @@ def _activation(raw: _Raw, name: str) -> str:
 
 def _size(raw: _Raw, key: str) -> int:
     value = getattr(raw, key)
-    if not isinstance(value, int) or value < 1:
-        raise Unsupported(f"config.json: {key} has to be a whole number over 0, not {value}")
-    return value
+    if value is None:
+        raise Unsupported(f"config.json has no {key}")
+    return int(value)
 
 
 def _ids(given: int | list[int] | None) -> tuple[int, ...]:
