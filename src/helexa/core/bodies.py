@@ -11,6 +11,11 @@ from helexa.core.errors import BadRequest, nearest
 
 T = TypeVar("T")
 
+# The most that one request lists, in any dialect whose lists are read here: a list is walked on the loop, which serves
+# nobody else meanwhile. No client comes near.
+MAX_MESSAGES: Final = 10_000
+MAX_TOOLS: Final = 1_000
+
 # All that msgspec raises for a body: ValueError is a string that is no UTF-8, RecursionError one nested too deep.
 NOT_JSON: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from helexa.core.bodies import NOT_JSON, explain
+from helexa.core.bodies import decode
 from helexa.core.dialects import anthropic_wire as wire
 from helexa.core.dialects.anthropic_messages import MessagesBuilder, bad
 from helexa.core.dialects.neuron_request import MAX_TOKENS, ChatBody, Options
@@ -29,7 +29,7 @@ _DISPLAYS: Final = (None, "summarized", "updates", "omitted")  # all but the las
 _CHOICES: Final = {"auto": "auto", "any": "required", "none": "none"}
 _CLEAR_THINKING: Final = "clear_thinking_20251015"
 _INDEX: Final = re.compile(r"\[(\d+)\]")
-_decode = msgspec.json.Decoder(wire.Request).decode
+_request = msgspec.json.Decoder(wire.Request)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -54,11 +54,10 @@ def translate(
 
 def _read(body: bytes) -> wire.Request:
     try:
-        return _decode(body)
-    except NOT_JSON as err:
-        error = explain(err)
+        return decode(_request, body)
+    except BadRequest as error:
         if error.param is None:
-            raise error from None
+            raise
         path = _INDEX.sub(r".\1", error.param)  # messages[0].content -> messages.0.content, as Anthropic writes it
         raise BadRequest(error.message.replace(f"`{error.param}`", path, 1), param=path) from None
 

@@ -9,9 +9,11 @@ and named in `x-helexa-dropped`, or refused); whatever stands on neither is unkn
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
+
+from helexa.core.bodies import MAX_MESSAGES, MAX_TOOLS
 
 
 class Source(msgspec.Struct):
@@ -103,7 +105,7 @@ class Metadata(msgspec.Struct):
 
 class Request(msgspec.Struct):
     model: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], msgspec.Meta(max_length=MAX_MESSAGES)] | None = None
     max_tokens: int | None = None
     system: str | list[Block] | None = None
     stream: bool | None = None
@@ -111,7 +113,7 @@ class Request(msgspec.Struct):
     top_p: float | None = None
     top_k: int | None = None
     stop_sequences: list[str] | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], msgspec.Meta(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

@@ -6,7 +6,9 @@ the first call of its name that has no result yet.
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -27,7 +29,7 @@ def bad(param: str, what: str) -> BadRequest:
 def messages(asked: Sequence[wire.Message]) -> list[dict[str, Any]]:
     """Raises BadRequest."""
     made: list[dict[str, Any]] = []
-    open_calls: list[tuple[str, str]] = []  # (id, name) of those that have no result yet
+    open_calls = _OpenCalls()
     calls = 0
     for i, message in enumerate(asked):
         where = f"messages[{i}]"
@@ -39,7 +41,7 @@ def messages(asked: Sequence[wire.Message]) -> list[dict[str, Any]]:
             continue
         told: dict[str, Any] = {"role": message.role, "content": content(message.content, message.images)}
         if message.role == "assistant":
-            open_calls = []
+            open_calls = _OpenCalls()
             if message.thinking:
                 told["reasoning_content"] = message.thinking
             if message.tool_calls:
@@ -47,7 +49,7 @@ def messages(asked: Sequence[wire.Message]) -> list[dict[str, Any]]:
                 for j, call in enumerate(message.tool_calls):
                     made_call = _call(call, calls, f"{where}.tool_calls[{j}]")
                     calls += 1
-                    open_calls.append((made_call["id"], made_call["function"]["name"]))
+                    open_calls.add(made_call["id"], made_call["function"]["name"])
                     told["tool_calls"].append(made_call)
                 told["content"] = told["content"] or None
         made.append(told)
@@ -98,16 +100,42 @@ def _arguments(raw: msgspec.Raw, where: str) -> str:
     return text
 
 
-def _result(message: wire.Message, open_calls: list[tuple[str, str]]) -> dict[str, Any]:
-    fitting = [call for call in open_calls if call[0] == message.tool_call_id]
-    if not fitting and message.tool_name:
-        fitting = [call for call in open_calls if call[1] == message.tool_name]
-    found = (fitting or open_calls)[:1]
-    for call in found:
-        open_calls.remove(call)
+@dataclass(slots=True)
+class _Call:
+    id: str
+    has_result: bool = False
+
+
+class _OpenCalls:
+    """An assistant's calls that have no result yet, in their order. What has its result leaves each queue when its turn
+    comes there, so that all results together cost no more than all calls."""
+
+    def __init__(self) -> None:
+        self._all: deque[_Call] = deque()
+        self._by_id: defaultdict[str, deque[_Call]] = defaultdict(deque)
+        self._by_name: defaultdict[str, deque[_Call]] = defaultdict(deque)
+
+    def add(self, call_id: str, name: str) -> None:
+        call = _Call(call_id)
+        for queue in (self._all, self._by_id[call_id], self._by_name[name]):
+            queue.append(call)
+
+    def take(self, call_id: str | None, name: str | None) -> str | None:
+        """The id of the first call of this id, else of this name, else of all. None where no call is open."""
+        for queue in (self._by_id.get(call_id or ""), self._by_name.get(name or ""), self._all):
+            while queue:
+                call = queue.popleft()
+                if not call.has_result:
+                    call.has_result = True
+                    return call.id
+        return None
+
+
+def _result(message: wire.Message, open_calls: _OpenCalls) -> dict[str, Any]:
+    found = open_calls.take(message.tool_call_id, message.tool_name)
     told: dict[str, Any] = {
         "role": "tool",
-        "tool_call_id": message.tool_call_id or (found[0][0] if found else "call00000"),
+        "tool_call_id": message.tool_call_id or found or "call00000",
         "content": content(message.content, message.images),
     }
     if message.tool_name:

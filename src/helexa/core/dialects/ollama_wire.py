@@ -6,9 +6,11 @@ named in `x-helexa-dropped`, or refused); whatever stands on neither is unknown 
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
+
+from helexa.core.bodies import MAX_MESSAGES, MAX_TOOLS
 
 Number = float | None
 
@@ -106,8 +108,9 @@ class Generation(msgspec.Struct):
 
 
 class Chat(Generation):
-    messages: list[Message] | None = None
-    tools: list[msgspec.Raw] | None = None  # OpenAI's form, and the node's to judge
+    messages: Annotated[list[Message], msgspec.Meta(max_length=MAX_MESSAGES)] | None = None
+    # OpenAI's form, and the node's to judge
+    tools: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_TOOLS)] | None = None
 
 
 class Generate(Generation):

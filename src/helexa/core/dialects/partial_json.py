@@ -34,9 +34,22 @@ def partial_object(text: str) -> msgspec.Raw | dict[str, Any]:
 def _candidates(text: str) -> list[str]:
     """The text cut behind its last whole value, its brackets closed; the longest first, two at most: the value before a
     comma or an opened bracket, and the text's own end (a literal or a string that is whole there)."""
+    stack, cut, in_string = _walk(text)
+    before = text[:cut]
+    whole = before + _closing(_walk(before)[0])
+    return [whole] if in_string else [text.rstrip() + _closing(stack), whole]
+
+
+def _closing(stack: list[str]) -> str:
+    return "".join(reversed(stack))
+
+
+def _walk(text: str) -> tuple[list[str], int, bool]:
+    """What closes each bracket that is open at the end, the outermost first; where the last whole value ends; whether a
+    string is open. It stops where the text is malformed, not cut off."""
     stack: list[str] = []
     in_string = escaped = False
-    cut, closing = 0, ""
+    cut = 0
     for at, char in enumerate(text):
         if in_string:
             if escaped:
@@ -49,12 +62,11 @@ def _candidates(text: str) -> list[str]:
             in_string = True
         elif char in "{[":
             stack.append(_CLOSES[char])
-            cut, closing = at + 1, "".join(reversed(stack))
+            cut = at + 1
         elif char in "}]":
             if not stack or stack.pop() != char:
-                break  # malformed, not cut off
-            cut, closing = at + 1, "".join(reversed(stack))
+                break
+            cut = at + 1
         elif char == ",":
-            cut, closing = at, "".join(reversed(stack))
-    end = text.rstrip() + "".join(reversed(stack))
-    return [end, text[:cut] + closing] if not in_string else [text[:cut] + closing]
+            cut = at
+    return stack, cut, in_string

@@ -88,6 +88,7 @@ class _Translator:
         self._asked = asked
         self._dropped: dict[str, None] = {}  # a set that keeps its order
         self._tools = Tools(self._drop, refuse_hosted=options.refuse_hosted_tools)
+        self._given: list[int] = []  # which of `tools` the model is given; the response repeats these alone
 
     def _drop(self, name: str) -> None:
         self._dropped[name] = None
@@ -153,12 +154,10 @@ class _Translator:
     def _tool_fields(self, made: dict[str, Any]) -> bool:
         """True where a call is forced."""
         asked, tools = self._asked, self._tools
-        tools.read(asked.tools or ())
+        self._given = tools.read(asked.tools or ())
         for i, item in enumerate(asked.input if isinstance(asked.input, list) else ()):
             if item.type == "additional_tools":
-                given = list(tools.given)
                 tools.read(item.tools or (), f"input[{i}].tools")
-                tools.given = given  # the response repeats the request's `tools` alone
         choice, forced = tools.choose(asked.tool_choice)
         if tools.functions:
             made["tools"] = tools.functions
@@ -252,7 +251,7 @@ class _Translator:
             "temperature": asked.temperature,
             "text": _one_line(sent.text, b'{"format":{"type":"text"}}'),
             "tool_choice": _one_line(sent.tool_choice, b'"auto"'),
-            "tools": [_one_line((sent.tools or [])[i]) for i in self._tools.given],
+            "tools": [_one_line((sent.tools or [])[i]) for i in self._given],
             "top_logprobs": asked.top_logprobs or 0,
             "top_p": asked.top_p,
             "truncation": "disabled",

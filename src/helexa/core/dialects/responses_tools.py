@@ -42,7 +42,6 @@ class Tools:
     """functions:  for the chat body
     places:     of each of them in the request
     called:     what each of their names means
-    given:      indices of those among the request's `tools` that the model is given
     """
 
     def __init__(self, drop: Callable[[str], None], *, refuse_hosted: bool) -> None:
@@ -51,10 +50,11 @@ class Tools:
         self.functions: list[dict[str, Any]] = []
         self.places: list[str] = []
         self.called: dict[str, Called] = {}
-        self.given: list[int] = []
         self._flat: dict[str, list[str]] = {}  # of each tool's own name, those of its functions
 
-    def read(self, tools: Sequence[wire.Tool], where: str = "tools") -> None:
+    def read(self, tools: Sequence[wire.Tool], where: str = "tools") -> list[int]:
+        """The indices of those that the model is given. Raises BadRequest."""
+        given = []
         for i, tool in enumerate(tools):
             place = f"{where}[{i}]"
             if tool.type in ("function", "custom"):
@@ -68,7 +68,8 @@ class Tools:
             else:
                 self._drop(tool.server_label or tool.name or tool.type)
                 continue
-            self.given.append(i)
+            given.append(i)
+        return given
 
     def _namespace(self, tool: wire.Tool, place: str) -> None:
         if not tool.name:

@@ -9,9 +9,13 @@ and named in `x-helexa-dropped`, or refused); whatever stands on neither is unkn
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
+
+from helexa.core.bodies import MAX_MESSAGES, MAX_TOOLS
+
+_MOST_TOOLS: Final = msgspec.Meta(max_length=MAX_TOOLS)
 
 
 class Part(msgspec.Struct):
@@ -43,7 +47,7 @@ class Tool(msgspec.Struct):
     parameters: msgspec.Raw = msgspec.Raw()
     strict: bool | None = None
     format: Format | None = None
-    tools: list[Tool] | None = None  # of a namespace
+    tools: Annotated[list[Tool], _MOST_TOOLS] | None = None  # of a namespace
     server_label: str | None = None
     allowed_callers: list[str] | None = None
     defer_loading: bool | None = None
@@ -66,7 +70,7 @@ class Item(msgspec.Struct):
     output: str | list[Part] | dict[str, Any] | None = None
     summary: list[Part] | None = None
     encrypted_content: str | None = None
-    tools: list[Tool] | None = None  # of additional_tools
+    tools: Annotated[list[Tool], _MOST_TOOLS] | None = None  # of additional_tools
 
 
 class ToolChoice(msgspec.Struct):
@@ -74,7 +78,7 @@ class ToolChoice(msgspec.Struct):
     name: str | None = None
     namespace: str | None = None
     mode: str | None = None
-    tools: list[ToolChoice] | None = None
+    tools: Annotated[list[ToolChoice], _MOST_TOOLS] | None = None
 
 
 class TextFormat(msgspec.Struct):
@@ -104,7 +108,7 @@ class StreamOptions(msgspec.Struct):
 
 class Request(msgspec.Struct):
     model: str | None = None
-    input: str | list[Item] | None = None
+    input: str | Annotated[list[Item], msgspec.Meta(max_length=MAX_MESSAGES)] | None = None
     instructions: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -112,7 +116,7 @@ class Request(msgspec.Struct):
     top_p: float | None = None
     top_logprobs: int | None = None
     max_output_tokens: int | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], _MOST_TOOLS] | None = None
     tool_choice: str | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: Text | None = None
