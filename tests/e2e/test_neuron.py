@@ -299,6 +299,13 @@ def own(tmp_path: Path) -> Iterator[Daemon]:
         yield it
 
 
+@pytest.fixture(params=["process", "none"])
+def own_of_either(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Daemon]:
+    with neuron(tmp_path, f'drain_s = 60\nisolation = "{request.param}"') as it:
+        load(it)
+        yield it
+
+
 def hosts_of(daemon: Daemon) -> list[int]:
     """Host processes that hold a model (the spare holds none)."""
     found = []
@@ -330,7 +337,8 @@ def test_a_host_that_is_killed_in_mid_stream_ends_it_with_an_error_and_comes_bac
     assert hosts_of(own) != [host]
 
 
-def test_sigterm_lets_a_stream_finish_and_refuses_new_ones(own: Daemon) -> None:
+def test_sigterm_lets_a_stream_finish_and_refuses_new_ones(own_of_either: Daemon) -> None:
+    own = own_of_either
     hosts = hosts_of(own)
     with own.http.stream("POST", "/v1/chat/completions", json={**LONG, "max_tokens": 40, "stream": True}) as response:
         got = response.events()
@@ -348,7 +356,8 @@ def test_sigterm_lets_a_stream_finish_and_refuses_new_ones(own: Daemon) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in hosts)
 
 
-def test_a_second_signal_hurries(own: Daemon) -> None:
+def test_a_second_signal_hurries(own_of_either: Daemon) -> None:
+    own = own_of_either
     with own.http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}) as response:
         got = response.events()
         next(got)

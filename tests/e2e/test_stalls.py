@@ -1,12 +1,11 @@
-"""What stands still is told from what is slow: the host, or the whole node, stopped under a request."""
+"""What stands still is told from what is slow: the engine, or the whole node, stopped under a request."""
 
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from openai import OpenAI
 from tests.helpers.gateway import SETTINGS, cortex_process
 from tests.helpers.models import smollm2
 from tests.helpers.neuron_daemon import Daemon, neuron
+from tests.helpers.stopped import stopped, stopped_threads
 
 STALL_S = 1.5
 TIMEOUTS = f"\n[timeouts]\nstall_s = {STALL_S}\n"
@@ -36,34 +36,32 @@ class Site:
     node: Daemon
     gateway: Daemon
     client: OpenAI
+    before_load: set[int]  # threads of the daemon
 
-    def host(self) -> int:
-        """The process with the model; the spare has none."""
+    def engine_stopped(self) -> AbstractContextManager[None]:
+        """The process with the model (the spare has none), or the engine's threads in the daemon."""
         children = psutil.Process(self.node.process.pid).children()
-        return int(max(children, key=lambda child: child.memory_info().rss).pid)
+        if children:
+            return stopped(int(max(children, key=lambda child: child.memory_info().rss).pid))
+        return stopped_threads(threads(self.node) - self.before_load)
 
 
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        if psutil.pid_exists(pid):
-            os.kill(pid, signal.SIGCONT)
+def threads(daemon: Daemon) -> set[int]:
+    return {int(name) for name in os.listdir(f"/proc/{daemon.process.pid}/task")}
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+@pytest.fixture(params=["process", "none"])
+def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     models = f'[[models]]\nid = "smollm2"\nsource = "{smollm2()}"\ncontext = 1024\nslots = 2\nthreads = 1\n'
     with (
-        neuron(tmp_path, TIMEOUTS) as node,
+        neuron(tmp_path, f'isolation = "{request.param}"\n{TIMEOUTS}') as node,
         cortex_process(tmp_path, {"local": node.url}, toml=SETTINGS + TIMEOUTS, models=models) as gateway,
     ):
         gateway.wait_for(event="node is up")
+        before = threads(node)
         with OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
             client.chat.completions.create(**{**ASK, "max_tokens": 1})
-            yield Site(node, gateway, client)
+            yield Site(node, gateway, client, before)
 
 
 def code_at_the_end_of(stream: Any) -> str | None:
@@ -72,10 +70,10 @@ def code_at_the_end_of(stream: Any) -> str | None:
     return caught.value.code
 
 
-def test_a_host_that_stands_still_is_an_error_event_or_a_504_and_serves_again_when_it_goes_on(site: Site) -> None:
+def test_an_engine_that_stands_still_is_an_error_event_or_a_504_and_serves_again_when_it_goes_on(site: Site) -> None:
     stream = site.client.chat.completions.create(**ASK, stream=True)
     next(iter(stream))
-    with stopped(site.host()):
+    with site.engine_stopped():
         assert code_at_the_end_of(stream) == "upstream_timeout"
         with pytest.raises(openai.APIStatusError) as caught:
             site.client.chat.completions.create(**ASK)

@@ -7,13 +7,14 @@ Its model files are a line that begins with GGUF and goes on as JSON, the `Scrip
     fail                 the load fails with this reason
     die                  so many loads die (exit code 7) before one succeeds
     noise                printed to stdout and stderr during the load
-    deaf                 the engine never closes
+    deaf                 the engine never closes, or, a FIFO, not before the test opens it
     hold_interpreter     the load goes on for ever and holds the GIL, as an engine in C may
+    worker               the engine has a thread that works when a request says "work"
     keeps                the engine has a prompt cache that can be saved (see Memory); "dies": and dies when restored to
 
-A request says what to do in its body: {"do": "answer" | "stream" | "stall" | "burn" | "die" | "lie" | "talk"}. How
-often a model was loaded stands in a file beside it, and in another one how often a host was begun that only
-counts its tokens, which takes COUNTING_MB and heeds no more of the script than `fail`.
+A request says what to do in its body: {"do": "answer" | "stream" | "stall" | "burn" | "work" | "die" | "lie" | "talk"}.
+How often a model was loaded stands in a file beside it, and in another one how often a host was begun that only counts
+its tokens, which takes COUNTING_MB and heeds no more of the script than `fail`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import ctypes
 import errno
 import json
 import os
+import queue
 import socketserver
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -61,10 +64,11 @@ class Script(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     fail: str | None = None
     die: int = 0
     noise: str | None = None
-    deaf: bool = False
+    deaf: bool | str = False
     hold_interpreter: bool = False
     truncated: bool = False
     keeps: str | None = None
+    worker: bool = False
 
 
 def write_model(path: Path, script: Script | None = None) -> Path:
@@ -183,6 +187,7 @@ class ScriptedHarness:
         if script.gate:
             with open(script.gate, "rb") as gate:
                 gate.read(1)
+            progress(0.6)
         if script.hold_interpreter:
             ctypes.PyDLL(None).sleep(600)
         if loads_of(path) <= script.die:
@@ -279,13 +284,43 @@ class ScriptedEngine:
         self._server = _Server(socket, _Handler)
         self._server.api_key = api_key
         self._server.memory = Memory(states, script.keeps == "dies")
+        self._server.worker = _Worker() if script.worker else None
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
-        while self._script.deaf:
+        if isinstance(self._script.deaf, str):
+            with open(self._script.deaf, "rb") as gate:
+                gate.read(1)
+        while self._script.deaf is True:
             time.sleep(60)
         self._server.shutdown()
         self._server.server_close()
+
+
+class _Worker:
+    """A thread that is there from the load on and works when it is asked to."""
+
+    def __init__(self) -> None:
+        self._asked: queue.SimpleQueue[threading.Event] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def work(self) -> None:
+        done = threading.Event()
+        self._asked.put(done)
+        done.wait()
+
+    def _run(self) -> None:
+        while True:
+            done = self._asked.get()
+            burn()
+            done.set()
+
+
+def burn() -> None:
+    """A tenth of a second of this thread's work."""
+    until = time.thread_time() + 0.1
+    while time.thread_time() < until:
+        pass
 
 
 class _Server(socketserver.ThreadingUnixStreamServer):
@@ -294,6 +329,12 @@ class _Server(socketserver.ThreadingUnixStreamServer):
     request_queue_size = 64
     api_key = ""
     memory: Memory
+    worker: _Worker | None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that left is nothing to tell of."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -312,10 +353,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, self.server.memory.talk(order["text"]))
         elif do == "answer":
             self._answer(200, {"pid": os.getpid()})
-        elif do == "burn":  # a tenth of a second of work
-            until = time.process_time() + 0.1
-            while time.process_time() < until:
-                pass
+        elif do == "burn":
+            burn()
+            self._answer(200, {})
+        elif do == "work":
+            assert self.server.worker is not None
+            self.server.worker.work()
             self._answer(200, {})
         elif do == "lie":
             self.wfile.write(b"HTTP/1.1 two hundred\r\n\r\n")

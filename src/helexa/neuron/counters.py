@@ -22,9 +22,10 @@ from helexa.core.relay.upstream import Upstream
 from helexa.neuron.devices import Devices
 from helexa.neuron.harness import reference
 from helexa.neuron.harness.base import Harness, ModelFiles, Plan, Session
-from helexa.neuron.hosts import Host, HostFailed, Hosts
+from helexa.neuron.hosts import QUIT_S, Host, HostFailed, Hosts
 from helexa.neuron.memory import Claim, DoesNotFit
 from helexa.neuron.planner import Planner
+from helexa.neuron.serving import end_host
 from helexa.neuron.tasks import owned
 
 _log = logs.get("neuron.counters")
@@ -200,8 +201,8 @@ class Counters:
         if upstream is not None:
             await upstream.cut_off()
         host, counter.host = counter.host, None
-        if host is not None:
-            await host.close()
+        if host is not None and counter.claim is not None:
+            await end_host(host, counter.claim, QUIT_S)
         if counter.claim is not None:
             counter.claim.release()
         if counter.seated:

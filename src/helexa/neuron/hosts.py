@@ -19,14 +19,18 @@ from typing import Any, Final, Protocol
 
 from helexa.core import logs
 from helexa.neuron import vitals
+from helexa.neuron.engine_threads import Engines, EngineThreads
 from helexa.neuron.harness import open_harness
+from helexa.neuron.load_watch import IDLE_CPU
 from helexa.neuron.process_host import QUIT_S, HostFailed, OnProgress, ProcessHost
 from helexa.neuron.run_dir import RunDir
+from helexa.neuron.tasks import owned
 
 __all__ = ["QUIT_S", "Host", "HostFailed", "Hosts", "OnProgress", "ProcessHost", "ThreadHost"]
 
 _log = logs.get("neuron.hosts")
 
+END_S: Final = 5.0  # beyond what it was given; longer means that an engine does not let go
 M_ARENA_MAX: Final = -8  # malloc.h
 _libc: Final = ctypes.CDLL(None)
 
@@ -42,8 +46,12 @@ class Host(Protocol):
     async def load(self, harness: str, spec: dict[str, Any], size_bytes: int, progress: OnProgress) -> None:
         """Returns when the engine answers on its socket. Raises HostFailed; after that, or a cancel, `close` it."""
 
-    async def close(self, within_s: float = QUIT_S) -> None:
-        """Quit, or be killed after `within_s` (0: at once). Returns when it is gone; idempotent."""
+    async def close(self, within_s: float = QUIT_S) -> bool:
+        """Quit, or be killed after `within_s` (0: at once). Whether it is gone: False where nothing can end it, and
+        what it holds stays taken. Bounded either way; idempotent."""
+
+    async def gone(self) -> None:
+        """After `close`: returns when it is gone, however long that takes."""
 
     def memory(self) -> vitals.Memory | None: ...
 
@@ -58,16 +66,27 @@ class Host(Protocol):
         """Monotonic time of the last sign of life."""
 
 
-class ThreadHost:
-    """isolation = "none": the engine in the daemon's own process. It cannot be killed, nor its death survived."""
+class LoadGivenUp(Exception):
+    """Raised in the thread that loads, by the way of its progress."""
 
-    def __init__(self, model_id: str, socket: Path) -> None:
+
+class ThreadHost:
+    """isolation = "none": the engine in the daemon's own process. It cannot be killed, nor its death survived: a load
+    ends where the engine next tells of its progress, and an engine that does not let go stays until the daemon ends.
+    """
+
+    def __init__(self, model_id: str, socket: Path, engines: Engines) -> None:
         self.model_id = model_id
         self.socket = socket
         self.died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._engines = engines
+        self._threads: EngineThreads | None = None
         self._engine: Any = None
         self._memory: vitals.Memory | None = None
-        self._working: asyncio.Future[Any] | None = None
+        self._loading: asyncio.Future[Any] | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._closing = False
+        self._alive_at = time.monotonic()
 
     @property
     def pid(self) -> int | None:
@@ -78,31 +97,51 @@ class ThreadHost:
         os.environ.setdefault("GGML_NO_BACKTRACE", "1")
         _few_arenas()
         before = vitals.memory(os.getpid())
+        self._threads = self._engines.begin()
 
         def tell(fraction: float) -> None:
+            if self._closing:
+                raise LoadGivenUp(f"the load of {self.model_id} was given up")
             loop.call_soon_threadsafe(progress, fraction)
 
-        self._working = _in_thread(lambda: open_harness(harness).serve(spec, tell), f"load {self.model_id}")
+        self._loading = _in_thread(lambda: open_harness(harness).serve(spec, tell), f"load {self.model_id}")
         try:
-            self._engine = await asyncio.shield(self._working)
+            self._engine = await asyncio.shield(self._loading)
         except asyncio.CancelledError:
             raise
         except Exception as err:
             raise HostFailed(str(err) or type(err).__name__, out_of_memory=isinstance(err, MemoryError)) from err
+        self._threads.loaded()
         after = vitals.memory(os.getpid())
         if before is not None and after is not None:
             self._memory = vitals.Memory(max(0, after.own - before.own), max(0, after.mapped - before.mapped))
+        self._alive_at = time.monotonic()
 
-    async def close(self, within_s: float = QUIT_S) -> None:
-        if self._working is not None:
-            working, self._working = self._working, None
-            await asyncio.wait({working})  # a load cannot be cut short
-            self._engine = None if working.exception() else working.result()
+    async def close(self, within_s: float = QUIT_S) -> bool:
+        self._closing = True
+        if self._ending is None:
+            self._ending = owned(self._end(), f"end {self.model_id}")
+        _, late = await asyncio.wait({self._ending}, timeout=within_s + END_S)
+        if late:
+            _log.error("an engine in this process cannot be ended; what it holds stays taken", model=self.model_id)
+        return not late
+
+    async def gone(self) -> None:
+        if self._ending is not None:
+            await asyncio.wait({self._ending})
+
+    async def _end(self) -> None:
+        if self._loading is not None:
+            await asyncio.wait({self._loading})
+            self._engine = None if self._loading.exception() else self._loading.result()
+            self._loading = None
         engine, self._engine = self._engine, None
         if engine is not None:
             await _in_thread(engine.close, f"close {self.model_id}")
             del engine
             await asyncio.to_thread(give_back_freed)
+        if self._threads is not None:
+            self._threads.end()
         self.socket.unlink(missing_ok=True)
         self._memory = None
 
@@ -111,10 +150,11 @@ class ThreadHost:
         return self._memory
 
     def look(self) -> None:
-        pass
+        if self._threads is not None and self._threads.worked_s() > IDLE_CPU:
+            self._alive_at = time.monotonic()
 
     def alive_at(self) -> float:
-        return time.monotonic()  # as far as anybody can tell from inside
+        return self._alive_at
 
 
 class Hosts:
@@ -128,11 +168,12 @@ class Hosts:
         self._spare: ProcessHost | None = None
         self._spare_task: asyncio.Task[None] | None = None
         self._closed = False
+        self._engines = Engines()
 
     async def take(self, model_id: str, harness: str) -> Host:
         """A host for this model: the spare if it is of this harness and well, else a new one. `close` it at the end."""
         if self._isolation == "none":
-            return ThreadHost(model_id, self._run_dir.new_socket())
+            return ThreadHost(model_id, self._run_dir.new_socket(), self._engines)
         spare, self._spare = self._spare, None
         if spare is not None and (not spare.is_alive or spare.harness != harness):
             await spare.close(0)

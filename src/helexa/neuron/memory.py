@@ -39,6 +39,7 @@ class Claim:
         self.measured_mb: dict[int, int] = {}
         self.taken_mb: dict[int, int] = {}
         self.kept = False
+        self.stranded = False
 
     def __enter__(self) -> Claim:
         return self
@@ -53,7 +54,17 @@ class Claim:
 
     def release(self) -> None:
         """Idempotent."""
-        self._ledger.claims.discard(self)
+        if not self.stranded:
+            self._ledger.claims.discard(self)
+
+    def strand(self) -> None:
+        """Its host could not be ended: what it holds stays taken, whatever becomes of the model, until `washed_up`."""
+        self.stranded = True
+
+    def washed_up(self) -> None:
+        """The host has ended after all."""
+        self.stranded = False
+        self.release()
 
     def measure(self, held_mb: Mapping[int, int], taken_mb: Mapping[int, int]) -> None:
         self.measured_mb = dict(held_mb)

@@ -112,7 +112,7 @@ class ProcessHost(asyncio.SubprocessProtocol):
             if reason := watch.why_stuck():
                 raise HostFailed(reason)
 
-    async def close(self, within_s: float = QUIT_S) -> None:
+    async def close(self, within_s: float = QUIT_S) -> bool:
         self._closing = True
         if self.is_alive and within_s > 0:
             self._order(Quit())
@@ -130,6 +130,10 @@ class ProcessHost(asyncio.SubprocessProtocol):
                 _log.error("a host cannot be killed: it is inside the kernel", model=self.model_id, pid=self.pid)
         self._transport.close()
         self.socket.unlink(missing_ok=True)
+        return self._gone.is_set()
+
+    async def gone(self) -> None:
+        await self._gone.wait()
 
     def memory(self) -> vitals.Memory | None:
         pid = self.pid

@@ -55,5 +55,13 @@ def in_use(model_id: str, active: int) -> HelexaError:
     )
 
 
+def not_ended(model_id: str) -> HelexaError:
+    return Conflict(
+        f"{model_id} could not be ended: its engine does not let go. What it holds stays taken until it does, or until "
+        "the daemon is started again.",
+        code="not_ended",
+    )
+
+
 def shutting_down() -> HelexaError:
     return ShuttingDown("This node is shutting down; ask again in a moment, or another node.")

@@ -29,7 +29,7 @@ from helexa.neuron.devices import Devices
 from helexa.neuron.harness.base import ModelFiles
 from helexa.neuron.hosts import QUIT_S, Hosts
 from helexa.neuron.planner import Placed, Planner
-from helexa.neuron.serving import Serving, start
+from helexa.neuron.serving import Serving, end_host, start
 from helexa.neuron.tasks import cancel_soon, owned, surely
 
 if TYPE_CHECKING:
@@ -371,7 +371,9 @@ class Resident:
                 if reason is None:
                     await self._retire(before)
                 else:
-                    await before.host.close(0)
+                    await end_host(before.host, placed.claim, 0)
+                if placed.claim.stranded:
+                    raise refusals.not_ended(self.id)
                 placed.claim.measure({}, {})
                 while True:
                     if reason is not None:
@@ -422,6 +424,10 @@ class Resident:
             if keep and not active:
                 await self._unless_cut(serving, serving.save(), SAVE_S)
             await self._end(serving, 0 if active else QUIT_S)
+            if serving.placed.claim.stranded:
+                failure = refusals.not_ended(self.id)
+                self.become(Status.FAILED, error=failure.message)
+                raise failure
             self.become(Status.UNLOADED)
             self._house.devices.tell()
 
@@ -435,7 +441,7 @@ class Resident:
                 end.cancel()
 
     async def _end(self, serving: Serving, within_s: float) -> None:
-        """The process is gone, its memory is back."""
+        """Its host is gone and its memory back, or its claim stranded."""
         self._last_used = max(self._last_used, serving.seats.last_used)
         self.serving = None
         await serving.close(self._house.devices, within_s)

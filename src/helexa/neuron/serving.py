@@ -14,8 +14,9 @@ from helexa.neuron.devices import Devices
 from helexa.neuron.harness import reference
 from helexa.neuron.hosts import Host, HostFailed, Hosts, OnProgress
 from helexa.neuron.kv.keeper import Keeper
+from helexa.neuron.memory import Claim
 from helexa.neuron.planner import Placed
-from helexa.neuron.tasks import surely
+from helexa.neuron.tasks import owned, surely
 
 if TYPE_CHECKING:
     from helexa.neuron.kv.store import KvStore
@@ -40,14 +41,14 @@ class Serving:
             await self.keeper.save(self.seats.last_used)
 
     async def close(self, devices: Devices, within_s: float) -> None:
-        """The process is gone (Host.close), and the devices show it or were given the time to."""
+        """Its host is gone, and the devices show it or were given the time to; or its claim is stranded."""
         if self.keeper is not None:
             self.keeper.close()
         # An engine in this process waits, with the interpreter in its hands, for its server's threads, and those for
         # their clients: a connection of ours that this loop had still to close would never be closed.
         await self.upstream.cut_off()
         before = devices.says_mb()
-        await self.host.close(within_s)
+        await end_host(self.host, self.placed.claim, within_s)
         await devices.given_back(self.placed.claim, before)
 
     def died(self) -> None:
@@ -87,10 +88,22 @@ async def start(
         if keeper is not None:
             keeper.close()
         upstream.abort()
-        await surely(host.close(0))
+        await surely(end_host(host, placed.claim, 0))
         if isinstance(err, HostFailed):
             cause = {"cause": OUT_OF_MEMORY} if err.out_of_memory else {}
             raise LoadFailed(f"{model_id} could not be loaded: {err}", details=cause) from err
         raise
     seats = Seats(model_id, plan.slots, session, upstream, host.alive_at)
     return Serving(placed, host, upstream, seats, time.monotonic(), keeper)
+
+
+async def end_host(host: Host, claim: Claim, within_s: float) -> None:
+    """Close it. Where nothing ends it the claim is stranded, until it is gone after all."""
+    if not await host.close(within_s):
+        claim.strand()
+        owned(_late(host, claim), "a host that does not end")
+
+
+async def _late(host: Host, claim: Claim) -> None:
+    await host.gone()
+    claim.washed_up()

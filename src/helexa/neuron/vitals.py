@@ -48,9 +48,9 @@ def bytes_read(pid: int) -> int | None:
     return int(counters[7 : counters.index(b"\n")])
 
 
-def cpu_s(pid: int) -> float | None:
-    """Processor time of all its threads."""
-    stat = _read(pid, "stat")
+def cpu_s(pid: int, thread: int | None = None) -> float | None:
+    """Processor time of all its threads, or of one."""
+    stat = _read(pid, "stat" if thread is None else f"task/{thread}/stat")
     if stat is None:
         return None
     fields = stat[stat.rindex(b")") + 2 :].split()  # the name before it may hold anything

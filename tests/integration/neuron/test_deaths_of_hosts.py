@@ -201,9 +201,10 @@ def test_a_daemon_that_is_killed_takes_its_hosts_with_it_and_the_next_sweeps_its
         assert not left.exists()
 
 
-def test_a_host_at_work_shows_life_and_a_stuck_one_does_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("isolation", ["process", "none"])
+def test_a_host_at_work_shows_life_and_a_stuck_one_does_not(tmp_path: Path, isolation: str) -> None:
     async def main() -> None:
-        async with nest(tmp_path) as n:
+        async with nest(tmp_path, isolation=isolation) as n:
             n.model("a")
             await n.load("a")
             seat = await n.seat("a")
@@ -215,12 +216,38 @@ def test_a_host_at_work_shows_life_and_a_stuck_one_does_not(tmp_path: Path) -> N
             serving.host.look()
             at_work = seat.host_progress()
             assert at_work > before
-            os.kill(n.pid("a"), signal.SIGSTOP)
+            if isolation == "process":  # the threads of this one have nothing to do, and this test's own are no sign
+                os.kill(n.pid("a"), signal.SIGSTOP)
+            until = time.process_time() + 0.1
+            while time.process_time() < until:
+                pass
             serving.host.look()
             serving.host.look()
             assert seat.host_progress() == at_work
+            if isolation == "process":
+                os.kill(n.pid("a"), signal.SIGCONT)  # it would be waited for
             seat.release()
             await n.unload("a", force=True)
+
+    run(main())
+
+
+def test_an_engine_at_work_is_no_sign_of_life_of_another_in_the_same_process(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path, isolation="none") as n:
+            for name in ("a", "b"):
+                n.model(name, Script(worker=True))
+                await n.load(name)
+            serving = [n.models._residents[name].serving for name in ("a", "b")]
+            at_work, idle = [it.host for it in serving if it is not None]
+            for host in (at_work, idle):
+                host.look()
+            before = at_work.alive_at(), idle.alive_at()
+            await n.ask("a", '{"do":"work"}')
+            for host in (at_work, idle):
+                host.look()
+            assert at_work.alive_at() > before[0]
+            assert idle.alive_at() == before[1]
 
     run(main())
 

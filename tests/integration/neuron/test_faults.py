@@ -60,6 +60,9 @@ def house(tmp_path: Path) -> Iterator[House]:
         yield it
 
 
+both = pytest.mark.parametrize("isolation", ["process", "none"])
+
+
 @contextmanager
 def started(folder: Path, toml: str = "") -> Iterator[House]:
     models = folder / "models"
@@ -254,8 +257,9 @@ def test_an_engine_that_lies_is_an_upstream_error(house: House) -> None:
     assert house.entry("m")["active_requests"] == 0
 
 
-def test_a_host_that_stands_still_is_a_timeout(tmp_path: Path) -> None:
-    with started(tmp_path, "[timeouts]\nstall_s = 1.5") as house:
+@both
+def test_a_host_that_stands_still_is_a_timeout(tmp_path: Path, isolation: str) -> None:
+    with started(tmp_path, f'isolation = "{isolation}"\n[timeouts]\nstall_s = 1.5') as house:
         house.load("m")
         with house.http.stream("POST", CHAT, json={"model": "m", "do": "stall", "stream": True}) as streamed:
             rest = list(first(streamed))
@@ -264,7 +268,13 @@ def test_a_host_that_stands_still_is_a_timeout(tmp_path: Path) -> None:
         house.until("m", active_requests=0)
 
 
-def test_a_drain_refuses_the_new_and_the_queued_and_cuts_what_takes_too_long(house: House) -> None:
+@both
+def test_a_drain_refuses_the_new_and_the_queued_and_cuts_what_takes_too_long(tmp_path: Path, isolation: str) -> None:
+    with started(tmp_path, f'isolation = "{isolation}"') as house:
+        drains(house)
+
+
+def drains(house: House) -> None:
     house.load("one", Script(slots=1))
     daemon = house.daemon
     with Events(daemon) as events:

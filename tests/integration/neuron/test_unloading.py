@@ -17,6 +17,8 @@ from helexa.core.errors import (
     ShuttingDown,
 )
 
+both = pytest.mark.parametrize("isolation", ["process", "none"])
+
 
 def test_an_unload_cancels_a_load(tmp_path: Path) -> None:
     async def main() -> None:
@@ -36,9 +38,10 @@ def test_an_unload_cancels_a_load(tmp_path: Path) -> None:
     run(main())
 
 
-def test_a_load_during_an_unload_follows_it(tmp_path: Path) -> None:
+@both
+def test_a_load_during_an_unload_follows_it(tmp_path: Path, isolation: str) -> None:
     async def main() -> None:
-        async with nest(tmp_path) as n:
+        async with nest(tmp_path, isolation=isolation) as n:
             path = n.model("a")
             await n.load("a")
             unloading = asyncio.create_task(n.unload("a"))
@@ -50,9 +53,10 @@ def test_a_load_during_an_unload_follows_it(tmp_path: Path) -> None:
     run(main())
 
 
-def test_a_model_in_use_is_not_unloaded(tmp_path: Path) -> None:
+@both
+def test_a_model_in_use_is_not_unloaded(tmp_path: Path, isolation: str) -> None:
     async def main() -> None:
-        async with nest(tmp_path) as n:
+        async with nest(tmp_path, isolation=isolation) as n:
             n.model("a")
             await n.load("a")
             seat = await n.seat("a")
@@ -70,9 +74,10 @@ def test_a_model_in_use_is_not_unloaded(tmp_path: Path) -> None:
     run(main())
 
 
-def test_a_drain_lets_running_requests_end_and_refuses_new_ones(tmp_path: Path) -> None:
+@both
+def test_a_drain_lets_running_requests_end_and_refuses_new_ones(tmp_path: Path, isolation: str) -> None:
     async def main() -> None:
-        async with nest(tmp_path) as n:
+        async with nest(tmp_path, isolation=isolation) as n:
             n.model("a", Script(slots=1))
             await n.load("a")
             seat = await n.seat("a")
@@ -92,9 +97,10 @@ def test_a_drain_lets_running_requests_end_and_refuses_new_ones(tmp_path: Path) 
     run(main())
 
 
-def test_force_cuts_a_drain_and_what_runs(tmp_path: Path) -> None:
+@both
+def test_force_cuts_a_drain_and_what_runs(tmp_path: Path, isolation: str) -> None:
     async def main() -> None:
-        async with nest(tmp_path) as n:
+        async with nest(tmp_path, isolation=isolation) as n:
             n.model("a")
             await n.load("a")
             seat = await n.seat("a")
@@ -122,6 +128,61 @@ def test_a_host_that_does_not_quit_is_killed(tmp_path: Path, monkeypatch: pytest
             await n.load("a")
             await n.unload("a")
             assert not children()
+
+    run(main())
+
+
+def test_an_engine_in_the_daemon_that_does_not_end_keeps_its_memory_until_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("helexa.neuron.resident.QUIT_S", 0.02)
+    monkeypatch.setattr("helexa.neuron.hosts.END_S", 0.02)
+
+    async def main() -> None:
+        async with nest(tmp_path, isolation="none", total_mb=1000) as n:
+            gate = Gate(tmp_path / "gate")
+            n.model("a", Script(deaf=str(gate.path), needs_mb=600))
+            n.model("b", Script(needs_mb=600))
+            await n.load("a")
+            with pytest.raises(Conflict) as refused:
+                await n.unload("a")
+            assert refused.value.code == "not_ended"
+            assert n.info("a").status == "failed"
+            assert "does not let go" in (n.info("a").error or "")
+            with pytest.raises(Conflict) as full:
+                await n.load("b")
+            assert full.value.code == "insufficient_memory"
+            await gate.reached()
+            gate.open()
+            ledger = n.models._devices.ledger
+            while ledger.used_mb(0):
+                await asyncio.sleep(0.005)
+            assert await n.load("b") == "loaded"
+
+    run(main())
+
+
+def test_a_load_in_the_daemon_ends_where_the_engine_next_tells_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("helexa.neuron.hosts.END_S", 20.0)
+
+    async def main() -> None:
+        async with nest(tmp_path, isolation="none") as n:
+            gate = Gate(tmp_path / "gate")
+            path = n.model("a", Script(gate=str(gate.path), needs_mb=300))
+            loading = asyncio.create_task(n.load("a"))
+            await gate.reached()
+            unloading = asyncio.create_task(n.unload("a"))
+            await n.until(lambda: n.info("a").status == "unloading")
+            assert n.models._devices.ledger.used_mb(0) == 300
+            gate.open()
+            await unloading
+            with pytest.raises(ModelUnloading):
+                await loading
+            assert n.models._devices.ledger.used_mb(0) == 0
+            assert not n.sockets()
+            assert loads_of(path) == 1
 
     run(main())
 

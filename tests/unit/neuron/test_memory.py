@@ -162,3 +162,14 @@ class Node(RuleBasedStateMachine):
 
 
 TestNode = Node.TestCase
+
+
+def test_what_a_host_holds_that_does_not_end_stays_taken_until_it_does() -> None:
+    ledger = Ledger({0: 1000})
+    with ledger.reserve("a", {0: 600}, {0: 1000}) as claim:
+        claim.keep()
+    claim.strand()
+    claim.release()
+    assert ledger.used_mb(0) == 600
+    claim.washed_up()
+    assert ledger.used_mb(0) == 0
