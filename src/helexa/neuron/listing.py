@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from helexa.core.lifecycle import DeviceMemory, ModelInfo, ModelLimits, ModelStatus
@@ -70,7 +71,10 @@ def _describe(info: ModelInfo, placed: Placed) -> None:
     info.quant = facts.quant or request.quant
 
 
+@lru_cache(maxsize=1024)
 def _as_utc(monotonic: float) -> str | None:
+    """Of one moment always the same, once it was told: neither the time that passes between two looks at two clocks
+    nor a step of the wall clock moves what is over."""
     if not monotonic:
         return None
     moment = datetime.now(UTC) - timedelta(seconds=time.monotonic() - monotonic)
