@@ -169,12 +169,27 @@ def conversation(records: Sequence[Record]) -> list[wire.Item]:
     return said
 
 
-def find_item(store: ResponseStore, owner: str, item_id: str) -> wire.Item | None:
-    """An item by its id, which bears its response's: msg_KEYo0, fco_KEYi2."""
-    _, _, rest = item_id.partition("_")
-    key = rest.rstrip("0123456789")[:-1]
-    record = store.get(owner, f"resp_{key}") if key else None
-    if record is None:
-        return None
-    items = [*_items(record.input), *_answered(record.response).output]
-    return next((item for item in items if item.id == item_id), None)
+class Items:
+    """Items of an owner's responses, by id, for one request: each response is read once, however many of its items are
+    asked for."""
+
+    def __init__(self, store: ResponseStore, owner: str) -> None:
+        self._store = store
+        self._owner = owner
+        self._read: dict[str, dict[str, wire.Item]] = {}  # by the id of the response
+
+    def find(self, item_id: str) -> wire.Item | None:
+        """The id bears its response's: msg_KEYo0, fco_KEYi2."""
+        _, _, rest = item_id.partition("_")
+        key = rest.rstrip("0123456789")[:-1]
+        return self._of(f"resp_{key}").get(item_id) if key else None
+
+    def _of(self, response_id: str) -> dict[str, wire.Item]:
+        if (found := self._read.get(response_id)) is None:
+            found = self._read[response_id] = {}
+            record = self._store.get(self._owner, response_id)
+            if record is not None:
+                for item in (*_items(record.input), *_answered(record.response).output):
+                    if item.id is not None:
+                        found.setdefault(item.id, item)  # a client may give one id twice: the first one has it
+        return found

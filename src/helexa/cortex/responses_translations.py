@@ -19,7 +19,7 @@ from helexa.core.dialects.responses_sinks import EventWriter, ResponseBuilder
 from helexa.core.dialects.responses_stream import Answer
 from helexa.core.errors import BadRequest, HelexaError, UpstreamError
 from helexa.core.relay.contract import Exchange, Mend
-from helexa.cortex.response_store import Record, chain, conversation, find_item, not_found, owner_of
+from helexa.cortex.response_store import Items, Record, chain, conversation, not_found, owner_of
 from helexa.cortex.translated import Setup, Translated, Witness
 
 
@@ -31,6 +31,7 @@ class _Asked(Translated):
         self._store = setup.responses
         self._owner = owner_of(exchange.header("authorization") or exchange.header("x-api-key"))
         self._previous = asked.previous_response_id
+        self._items = Items(self._store, self._owner)
         self._referred: set[str] = set()
         history: list[wire.Item] = []
         if self._previous is not None:
@@ -57,7 +58,7 @@ class _Asked(Translated):
         if item_id in self._referred:  # a small body could name a large item without end
             raise BadRequest(f"Duplicate item found with id '{item_id}'; refer to it once", param="input")
         self._referred.add(item_id)
-        found = find_item(self._store, self._owner, item_id)
+        found = self._items.find(item_id)
         if found is None:
             raise not_found("Item", item_id)
         return found

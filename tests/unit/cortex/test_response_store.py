@@ -17,12 +17,12 @@ from helexa.core.errors import NotFound, PreviousResponseNotFound
 from helexa.cortex.response_file import FileStore
 from helexa.cortex.response_store import (
     CannotKeep,
+    Items,
     MemoryStore,
     Record,
     ResponseStore,
     chain,
     conversation,
-    find_item,
     owner_of,
 )
 
@@ -202,14 +202,35 @@ def test_a_call_that_was_cut_off_is_not_shown_again(kind: str) -> None:
 def test_an_item_is_found_by_its_id() -> None:
     store = MemoryStore(max_bytes=1 << 20, age_s=60, clock=Clock())
     store.put(record(0x12))
-    answered = find_item(store, ME, "msg_hx12o0")
+    items = Items(store, ME)
+    answered = items.find("msg_hx12o0")
     assert answered is not None
     assert answered.content == "said 18"
-    asked = find_item(store, ME, "msg_hx12i0")
+    asked = items.find("msg_hx12i0")
     assert asked is not None
     assert asked.role == "user"
     for lost in ("msg_hx12o1", "msg_hx13o0", "", "msg", "msg_", "msg_1"):
-        assert find_item(store, ME, lost) is None
+        assert items.find(lost) is None
+    with pytest.raises(NotFound):
+        Items(store, YOU).find("msg_hx12o0")
+
+
+def test_a_response_is_read_once_however_many_of_its_items_are_asked_for() -> None:
+    class Counting(MemoryStore):
+        reads = 0
+
+        def get(self, owner: str, response_id: str) -> Record | None:
+            self.reads += 1
+            return super().get(owner, response_id)
+
+    store = Counting(max_bytes=1 << 20, age_s=60, clock=Clock())
+    calls = [{"type": "function_call", "id": f"fc_hx1o{i}", "call_id": f"c{i}", "name": "f"} for i in range(500)]
+    store.put(record(1, output=calls))
+    items = Items(store, ME)
+    found = [items.find(call["id"]) for call in calls]
+    assert [item.call_id for item in found if item is not None] == [call["call_id"] for call in calls]
+    assert [items.find(f"msg_hx{n}o0") for n in (2, 2, 1)] == [None, None, None]
+    assert store.reads == 2
 
 
 def test_an_owner_is_told_by_the_key_which_is_not_kept() -> None:
