@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 
 from helexa.core.dialects.responses_items import try_listed
 from helexa.core.errors import NotFound, PreviousResponseNotFound
+from helexa.cortex import response_file
 from helexa.cortex.response_file import FileStore
 from helexa.cortex.response_store import (
     CannotKeep,
@@ -175,6 +179,82 @@ def test_what_is_no_file_of_ours_is_refused_with_its_name(tmp_path: Path, conten
         path.write_bytes(content)
     with pytest.raises(CannotKeep, match=str(path)):
         FileStore(path, max_bytes=5000, age_s=60, clock=Clock())
+
+
+def without_room(path: Path) -> sqlite3.Connection:
+    connection = response_file._open(path)
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.execute(f"PRAGMA max_page_count = {pages}")
+    return connection
+
+
+def read_only(path: Path) -> sqlite3.Connection:
+    connection = response_file._open(path)
+    connection.execute("PRAGMA query_only = ON")
+    return connection
+
+
+def not_opened(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path.parent / "nowhere" / "kept.sqlite")
+
+
+@pytest.fixture(params=[without_room, read_only, not_opened])
+def trouble(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Trouble:
+    return Trouble(request.param, monkeypatch)
+
+
+class Trouble:
+    """What the writer opens, until it is over. The reader, which opens first, has none."""
+
+    def __init__(self, opens: Callable[[Path], sqlite3.Connection], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_over = False
+        self.tries = 0
+        self.tried_again = threading.Event()
+        well = response_file._open
+        reader = threading.current_thread()
+
+        def open_(path: Path) -> sqlite3.Connection:
+            if threading.current_thread() is reader:
+                return well(path)
+            self.tries += 1
+            if self.tries > 2:
+                self.tried_again.set()
+            return well(path) if self.is_over else opens(path)
+
+        monkeypatch.setattr(response_file, "_open", open_)
+        for each in (without_room, read_only):  # they open as the module did
+            monkeypatch.setitem(each.__globals__, "response_file", SimpleNamespace(_open=well))
+
+
+def test_what_cannot_be_written_now_is_tried_again_until_it_can(tmp_path: Path, trouble: Trouble) -> None:
+    clock, path = Clock(), tmp_path / "kept.sqlite"
+    store = FileStore(path, max_bytes=60_000, age_s=60, clock=clock, again_s=0.001)
+    kept = [record(number, size=9000) for number in range(4)]
+    for each in kept:
+        store.put(each)
+    assert store.delete(ME, kept[3].id)
+    assert trouble.tried_again.wait(10)
+    assert [store.get(ME, each.id) for each in kept] == [*kept[:3], None]
+    trouble.is_over = True
+    store.close()
+    again = FileStore(path, max_bytes=60_000, age_s=60, clock=clock)
+    assert [again.get(ME, each.id) for each in kept] == [*kept[:3], None]
+    again.close()
+
+
+def test_a_file_that_stays_unwritable_has_the_bound_in_memory_and_does_not_hold_up_the_end(
+    tmp_path: Path, trouble: Trouble
+) -> None:
+    store = FileStore(tmp_path / "kept.sqlite", max_bytes=30_000, age_s=60, clock=Clock(), again_s=60)
+    kept = [record(number, size=9000) for number in range(8)]
+    for each in kept:
+        store.put(each)
+    held = [each for each in kept if store.get(ME, each.id) is not None]
+    assert held == kept[-len(held) :]
+    assert sum(each.size for each in held) <= 30_000
+    assert store._unwritten <= 30_000
+    store.close()
+    assert not store._thread.is_alive()
 
 
 # conversations
