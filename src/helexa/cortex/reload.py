@@ -1,7 +1,8 @@
 """The files that a gateway was started from, read again when they change, and at SIGHUP.
 
-What is in them takes effect as a whole or not at all: a bad file is told, and the gateway goes on with what it had.
-Nodes and models change while it runs; of other settings it is told that they wait for a restart.
+What is in them takes effect as a whole or not at all: whatever keeps them from being read is told, the gateway goes on
+with what it had, and looks again. Nodes and models change while it runs; of other settings it is told that they wait
+for a restart.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Files:
         """Changes with each change of either file; a catalogue may also come or go beside cortex.toml."""
         if self.config is None:
             return ()
-        return tuple(_stamp(path) for path in (self.config, catalogue_path or self.config.parent / "models.toml"))
+        return tuple(_stamp(path) for path in (self.config, _looked_at(self.config, catalogue_path)))
 
 
 @dataclass(slots=True)
@@ -119,32 +120,39 @@ class Reloader:
                     await self._now.wait()
             except TimeoutError:
                 pass
+            asked = self._now.is_set()
+            self._now.clear()
             try:
                 stamp = await asyncio.to_thread(self._files.stamp, self.standing.catalogue_path)
-                # One look later it must be the same: an editor may not be done writing.
-                if self._now.is_set() or stamp == seen != self._stamp:
-                    self._now.clear()
+                # One look later it must be the same: an editor may not be done writing. What could not be read may be
+                # readable now though it looks the same.
+                changed = stamp == seen and (stamp != self._stamp or self.standing.error is not None)
+                seen = stamp
+                if asked or changed:
                     self._stamp = stamp
                     await self._read()
-                seen = stamp
-            except Exception:
-                log.exception("reading the files again went wrong")
+            except ConfigError as err:
+                self._not_taken(str(err))
+            except Exception as err:  # no thread to be had, a folder that may not be searched, a fault of ours
+                self._not_taken(f"{self._files.config}: {err}", exc_info=True)
+
+    def _not_taken(self, error: str, *, exc_info: bool = False) -> None:
+        if error != self.standing.error:
+            log.error("the files cannot be taken; the old ones hold", error=error, exc_info=exc_info)
+        self.standing.error = error
 
     async def _read(self) -> None:
         warned: list[str] = []
-        try:
-            read = await asyncio.to_thread(self._files.read, warned.append)
-        except ConfigError as err:
-            self.standing.error = str(err)
-            log.error("the files cannot be taken; the old ones hold", error=str(err))
-            return
+        read = await asyncio.to_thread(self._files.read, warned.append)
         for warning in warned:
             log.warning(warning)
         changed = self._apply(read)
+        config, before = self._files.config, self.standing.catalogue_path
+        if config is not None and _looked_at(config, read.catalogue_path) != _looked_at(config, before):
+            self._stamp = ()  # of a file that was not looked at before it was read: once more, then it is known
         self.standing.catalogue_path = read.catalogue_path
         self.standing.error = None
         self.standing.restart_for = waiting(self._settings, read.settings)
-        self._stamp = await asyncio.to_thread(self._files.stamp, read.catalogue_path)
         log.info("the files were read again", changed=changed, restart_for=self.standing.restart_for)
 
 
@@ -161,6 +169,11 @@ def waiting(old: CortexSettings, new: CortexSettings) -> list[str]:
         else:
             found.append(name)
     return found
+
+
+def _looked_at(config: Path, catalogue_path: Path | None) -> Path:
+    """The catalogue, or where one may come."""
+    return (catalogue_path or config.parent / "models.toml").absolute()
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
