@@ -18,6 +18,7 @@ from helexa.core.catalogue import ModelProfile
 from helexa.core.errors import Dialect, HelexaError
 from helexa.core.relay.contract import Endpoint, Exchange, Route
 from helexa.core.request_log import RequestLog
+from helexa.cortex.admission import Admission
 from helexa.cortex.director import CortexDirector, NodeRoute
 from helexa.cortex.fallbacks import Outlook
 from helexa.cortex.fleet import Fleet
@@ -78,6 +79,7 @@ class Bench:
             self.metrics,
             self.log,
             wait_s=600,
+            admission=Admission(view, 256, lambda: self.now),
             clock=lambda: self.now,
             rng=Random(7),  # type: ignore[arg-type]
         )

@@ -41,6 +41,15 @@ def load_of(replicas: Iterable[Replica], here: int = 0) -> Load:
     return Load(running, waiting + here)
 
 
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """A request that would not go on at once, and why. ahead: those that wait before it; refusal: no more may wait."""
+
+    why: str
+    ahead: int
+    refusal: Overloaded | None
+
+
 class Turn:
     """One request in a line. news: set when it is first in line and something may have changed."""
 
@@ -72,19 +81,34 @@ class Admission:
         queues = replica is not None and replica.beyond_slots >= 0
         return bounds is None or takes_one(bounds, self._load(model_id), queues=queues)
 
+    def prospect(self, model_id: str) -> Prospect | None:
+        """Of a request whose client has none here, for a model that is loaded; None: it goes on at once. Changes
+        nothing."""
+        replicas = self._fleet.replicas(model_id)
+        here = len(self.lines.get(model_id, ()))
+        full = self.full_nodes(model_id)
+        free = [r for r in replicas if r.node.name not in full and self.takes(model_id, r)]
+        if not here and free:
+            return None
+        load = self._load(model_id)
+        if here:
+            why = f"{here} request{'' if here == 1 else 's'} wait{'s' if here == 1 else ''} for a place before it"
+        elif len(full) == len(replicas):
+            why = f"{', '.join(full)} ha{'s' if len(full) == 1 else 've'} as many requests as `limits` allow there"
+        else:
+            why = f"{load.running} of its requests run and {load.waiting} wait for a slot: its `limits` allow no more"
+        try:
+            self._check_line(model_id, 0)
+        except Overloaded as refusal:
+            return Prospect(why, here, refusal)
+        return Prospect(why, here, None)
+
     def enter(self, model_id: str, client: str, *, has_waited: bool = False) -> Turn:
         """At the end of the client's line. Raises Overloaded where no more may wait, unless it has waited already.
         Whoever has a turn gives it to `leave`."""
-        bounds = self._bounds(model_id)
-        room = self._queue if bounds is None or bounds.waiting is None else bounds.waiting
         line = self.lines.get(model_id)
-        own = line.own(client) if line is not None else 0
-        waiting = self._load(model_id).waiting
-        if not has_waited and waiting >= room:
-            raise self.overloaded(model_id, f"{waiting} requests wait for {model_id} already, and {room} may")
-        if not has_waited and not has_share(room, waiting, own):
-            why = f"{own} of the {waiting} requests that wait for {model_id} are of this client"
-            raise self.overloaded(model_id, f"{why}, and the last of {room} places are kept for others")
+        if not has_waited:
+            self._check_line(model_id, line.own(client) if line is not None else 0)
         turn = Turn(model_id, client)
         self.lines.setdefault(model_id, FairQueue()).add(client, turn)
         return turn
@@ -116,6 +140,17 @@ class Admission:
         paces = [pace for r in self._fleet.replicas(model_id) if (pace := r.pace(now)) is not None]
         again_s = retry_after_s(max(1, self._load(model_id).waiting), sum(paces))
         return Overloaded(f"{why}; try again in {again_s} s", retry_after_s=again_s)
+
+    def _check_line(self, model_id: str, own: int) -> None:
+        """May one more wait whose client has `own` there? Raises Overloaded."""
+        bounds = self._bounds(model_id)
+        room = self._queue if bounds is None or bounds.waiting is None else bounds.waiting
+        waiting = self._load(model_id).waiting
+        if waiting >= room:
+            raise self.overloaded(model_id, f"{waiting} requests wait for {model_id} already, and {room} may")
+        if not has_share(room, waiting, own):
+            why = f"{own} of the {waiting} requests that wait for {model_id} are of this client"
+            raise self.overloaded(model_id, f"{why}, and the last of {room} places are kept for others")
 
     def _view_changed(self, model_id: str | None) -> None:
         if self.lines:

@@ -108,7 +108,7 @@ class Cortex:
             self.metrics,
             self.request_log,
             wait_s=settings.loading.wait_s,
-            queue=settings.loading.queue,
+            admission=self.loader.admission,
             clock=time.monotonic,
             setup=Setup(
                 Options(

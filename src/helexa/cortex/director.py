@@ -65,7 +65,7 @@ class CortexDirector:
         request_log: RequestLog,
         *,
         wait_s: float,
-        queue: int = 256,
+        admission: Admission,
         clock: Callable[[], float],
         rng: Random | None = None,
         setup: Setup | None = None,
@@ -82,7 +82,7 @@ class CortexDirector:
         self._rng = rng or Random()
         self._routing = Routing(self._rng, clock, metrics.routed)
         self._fallbacks = Fallbacks(loader.outlook, clock)
-        self._admission = Admission(fleet, queue, clock)
+        self._admission = admission
         self._targets = Targets(fleet)
         self._target_of = self._targets.by_name.get
         self._waiting: Counter[str] = Counter()

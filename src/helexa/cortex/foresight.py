@@ -17,6 +17,7 @@ import msgspec
 
 from helexa.core.errors import Dialect, HelexaError, status_for
 from helexa.cortex import load_failures, placement, router, swapper
+from helexa.cortex.admission import Admission, Prospect
 from helexa.cortex.decisions import NODES_SHOWN, Weighed, weighed
 from helexa.cortex.eviction import Policy
 from helexa.cortex.fallbacks import Outlook, first_in_time, loaded
@@ -39,6 +40,7 @@ class OneReplica(_Answer, frozen=True):
     state: str
     inflight: int
     others: int = 0  # requests there that are not this gateway's
+    full: bool = False  # it takes no more, by its `limits`
     chosen: bool = False
 
 
@@ -111,6 +113,7 @@ class Foresight:
         standing: Callable[[str], Standing],
         error: Callable[[swapper.Refuse], HelexaError],
         outlook: Callable[[str], Outlook],
+        admission: Admission,
     ) -> None:
         self._fleet = fleet
         self._placer = placer
@@ -120,6 +123,7 @@ class Foresight:
         self._standing = standing
         self._error = error
         self._outlook = outlook
+        self._admission = admission
 
     async def of_first(self, candidates: Sequence[str]) -> Foreseen:
         """Of the model that a request would begin with: the first that can serve it in its time."""
@@ -131,11 +135,13 @@ class Foresight:
         return msgspec.structs.replace(foreseen, candidates=list(candidates))
 
     async def of(self, model: str) -> Foreseen:
-        """1. Loaded: served. 2. Nodes are asked what it needs, as a load would ask them. 3. Others wait for it, or too
-        many. 4. A place for it. 5. None: refused, or for later."""
-        served = serving(model, self._fleet.replicas(model))
+        """1. Loaded: served, or what bounds say. 2. Nodes are asked what it needs, as a load would ask them. 3. Others
+        wait for it, or too many. 4. A place for it. 5. None: refused, or for later."""
+        has_bounds = self._fleet.is_bounded(model)
+        full = self._admission.full_nodes(model) if has_bounds else ()
+        served = serving(model, self._fleet.replicas(model), full)
         if served is not None:
-            return served
+            return bounded(served, self._admission.prospect(model)) if has_bounds else served
         await self._placer.ask_needs(model, [node for node, _ in self._fleet.holders(model)])
         now, policy, before = asyncio.get_running_loop().time(), self._policy, self._state()
         state, commands = swapper.step(before, swapper.Asked(model, "foreseen", now + self._wait_s), now)
@@ -165,13 +171,20 @@ class Foresight:
         return with_others(foreseen, others)
 
 
-def serving(model: str, replicas: Sequence[Replica]) -> Foreseen | None:
-    """It is loaded somewhere. None: nowhere that can be asked."""
-    chosen = router.choose(replicas, (), Random(0))
+def serving(model: str, replicas: Sequence[Replica], full: Sequence[str] = ()) -> Foreseen | None:
+    """It is loaded somewhere. None: nowhere that can be asked. full: nodes that take no more, which come last."""
+    chosen = router.choose(replicas, full, Random(0)) or router.choose(replicas, (), Random(0))
     if chosen is None:
         return None
     shown = [
-        OneReplica(node=r.node.name, state=r.node.state, inflight=r.inflight, others=r.others, chosen=r is chosen)
+        OneReplica(
+            node=r.node.name,
+            state=r.node.state,
+            inflight=r.inflight,
+            others=r.others,
+            full=r.node.name in full,
+            chosen=r is chosen,
+        )
         for r in replicas[:NODES_SHOWN]
     ]
     if len(replicas) == 1:
@@ -183,6 +196,21 @@ def serving(model: str, replicas: Sequence[Replica]) -> Foreseen | None:
         )
     more = max(0, len(replicas) - NODES_SHOWN)
     return Foreseen(model=model, action="serve", why=why, node=chosen.node.name, replicas=shown, not_shown=more)
+
+
+def bounded(served: Foreseen, prospect: Prospect | None) -> Foreseen:
+    """The same, where bounds hold a request back."""
+    if prospect is None:
+        return served
+    replicas = [msgspec.structs.replace(replica, chosen=False) for replica in served.replicas]
+    if prospect.refusal is not None:
+        foreseen = refusing(served.model, prospect.refusal)
+    else:
+        why = f"it is loaded, but {prospect.why}; it would wait for a place"
+        foreseen = Foreseen(model=served.model, action="wait", why=why)
+    return msgspec.structs.replace(
+        foreseen, replicas=replicas, waiting=prospect.ahead, not_shown=foreseen.not_shown + served.not_shown
+    )
 
 
 def pursued(model: str, pursuit: swapper.Pursuit, standing: Standing) -> Foreseen:

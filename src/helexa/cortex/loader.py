@@ -26,6 +26,7 @@ from helexa.core.errors import (
     nearest,
 )
 from helexa.cortex import keeper, load_failures, swapper
+from helexa.cortex.admission import Admission
 from helexa.cortex.decisions import OPERATOR, By, Decisions, What, Whom
 from helexa.cortex.eviction import POLICIES
 from helexa.cortex.fallbacks import Outlook
@@ -47,7 +48,8 @@ ROOM_EVERY_S: Final = 0.05  # how often news of room make new plans, at most
 
 
 class Loader:
-    """on_load: called after each load that ended, failed ones too."""
+    """on_load: called after each load that ended, failed ones too. admission: who waits for a model that is loaded, as
+    the Director asks it; what is foreseen knows of it."""
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class Loader:
         copy_idle_s: float = keeper.COPY_IDLE_S,
     ) -> None:
         self.survey = Survey(fleet)
+        self.admission = Admission(fleet, settings.loading.queue, time.monotonic)
         self.decisions = Decisions(time.time)
         self._fleet = fleet
         self._orders = Orders(fleet, self.survey)
@@ -98,6 +101,7 @@ class Loader:
             standing=self._standing,
             error=self._error,
             outlook=self.outlook,
+            admission=self.admission,
         )
         self._operators = count()
         self._room: asyncio.TimerHandle | None = None

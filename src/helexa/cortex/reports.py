@@ -111,7 +111,8 @@ def _replicas(replicas: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, ...]
     for replica in replicas:
         others = f" and {replica['others']} of others" if "others" in replica else ""
         mark = " <" if replica.get("chosen") else ""
-        yield replica["node"] + mark, replica["state"], f"{replica['inflight']}{others}"
+        full = ", no more" if replica.get("full") else ""
+        yield replica["node"] + mark, replica["state"], f"{replica['inflight']}{others}{full}"
 
 
 def _of_nodes(heads: Iterable[str], rows: Iterable[tuple[str, ...]]) -> RenderableType:

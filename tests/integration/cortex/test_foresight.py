@@ -11,8 +11,8 @@ from tests.helpers.fake_neuron import FakeNeuron
 from tests.helpers.loaders import Gateway, gateway
 
 from helexa.core.catalogue import ModelProfile
-from helexa.core.config import Loading
-from helexa.core.errors import HelexaError
+from helexa.core.config import Bounds, Loading
+from helexa.core.errors import HelexaError, Overloaded
 from helexa.cortex.foresight import Foreseen
 
 
@@ -198,5 +198,47 @@ def test_of_several_models_the_plan_is_that_of_the_first_that_can_be_had() -> No
             then = await gate.loader.foresight.of_first(("best", "qwen"))
             assert (then.model, then.action, then.node) == ("qwen", "serve", "b")
             assert (await gate.loader.foresight.of_first(("best",))).action == "refuse"
+
+    run(main())
+
+
+@pytest.mark.parametrize(("bounds", "of_node"), [(Bounds(running=1, waiting=2), None), (None, Bounds(running=1))])
+def test_what_bounds_hold_back_is_foreseen_to_wait_and_what_is_over_them_to_be_refused(
+    bounds: Bounds | None, of_node: Bounds | None
+) -> None:
+    async def main() -> None:
+        model = ModelProfile(id="qwen", vram_mb=5000, limits=bounds)
+        async with gateway([model], loading=Loading(queue=2), a=holding("qwen")) as gate:
+            gate.fleet.nodes["a"].bounds = of_node
+            assert (await foresee(gate)).action == "serve"
+            gate.requests("qwen")
+            held = await foresee(gate)
+            assert (held.action, held.node, held.waiting) == ("wait", None, 0)
+            assert [(r.node, r.inflight, r.chosen, r.full) for r in held.replicas] == [("a", 1, False, bool(of_node))]
+            assert "`limits` allow" in held.why
+            turns = [gate.loader.admission.enter("qwen", client) for client in "xy"]
+            over = await foresee(gate)
+            assert (over.action, over.waiting) == ("refuse", 2)
+            with pytest.raises(Overloaded) as refused:
+                gate.loader.admission.enter("qwen", "z")
+            assert over.error is not None
+            assert (over.error.code, over.error.message) == (refused.value.code, refused.value.message)
+            gate.loader.admission.leave(turns[0], served=False)
+            assert "1 request waits for a place before it" in (await foresee(gate)).why
+
+    run(main())
+
+
+def test_a_replica_whose_node_is_full_is_not_the_one_that_is_foreseen() -> None:
+    async def main() -> None:
+        async with gateway(a=holding("qwen"), b=holding("qwen")) as gate:
+            gate.fleet.nodes["a"].bounds = Bounds(running=1)
+            a, b = gate.fleet.replicas("qwen")
+            a.begin(0.0)
+            for _ in range(3):
+                b.begin(0.0)
+            foreseen = await foresee(gate)
+            assert (foreseen.action, foreseen.node) == ("serve", "b")
+            assert [r.full for r in foreseen.replicas] == [True, False]
 
     run(main())
