@@ -1,8 +1,9 @@
 """How well models are placed and evicted and requests routed, and what that costs:
-`python -m bench.fleet [policies|turns|routing|cost|all]`.
+`python -m bench.fleet [policies|turns|routing|cost|race|all]`.
 
-Everything but the times of `cost` comes from the simulator (src/helexa/cortex/simulate), which runs the gateway's own
-placement, eviction, router and swapper. Rules were tuned on other seeds (from 1001) than the default ones here.
+Everything but the times of `cost` and the whole of `race` (real programs; no part of `all`) comes from the simulator
+(src/helexa/cortex/simulate), which runs the gateway's own placement, eviction, router and swapper. Rules were tuned on
+other seeds (from 1001) than the default ones here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from random import Random
 from statistics import mean
 
-from bench.fleet import cost, routing
+from bench.fleet import cost, race, routing
 from bench.fleet.intervals import ratio
 from bench.measure import machine, table
 from helexa.cortex.eviction import POLICIES
@@ -35,9 +36,12 @@ TARGETS = {  # cold starts against LRU, against the clairvoyant heuristic; mean 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.fleet", description=__doc__)
-    parser.add_argument("what", nargs="?", default="all", choices=["policies", "turns", "routing", "cost", "all"])
+    parser.add_argument(
+        "what", nargs="?", default="all", choices=["policies", "turns", "routing", "cost", "race", "all"]
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(1, 11)))
     parser.add_argument("--workloads", nargs="+", default=list(W), choices=list(W))
+    parser.add_argument("--loads", type=int, default=500, help="how many loads `race` makes at least")
     parser.add_argument("--plot", type=Path, help="where the growth of the costs is drawn (SVG)")
     args = parser.parse_args()
     print(f"{machine()}; seeds {' '.join(map(str, args.seeds))}\n")
@@ -50,6 +54,8 @@ def main() -> None:
     if args.what in ("cost", "all"):
         cost.show(args.plot)
         day(args.seeds[0])
+    if args.what == "race":
+        race.show(args.loads, args.seeds[0])
 
 
 def policies(workloads: Sequence[str], seeds: Sequence[int]) -> None:
