@@ -205,6 +205,14 @@ class NeverLoads(HelexaError):
         self.code = code  # type: ignore[misc]
 
 
+class TemplateFailed(HelexaError):
+    """The model's chat template cannot show this conversation, or not with these tools; it is never shown in part."""
+
+    status = anthropic_status = 422
+    type = anthropic_type = "invalid_request_error"
+    code = "template_failed"
+
+
 class NotImplementedYet(HelexaError):
     """A dialect or endpoint of the contract that is not there yet."""
 

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from helexa.core.catalogue import ModelProfile
-from helexa.core.errors import HelexaError, ModelLoading, NoNode
+from helexa.core.errors import HelexaError, ModelLoading, NoNode, TemplateFailed
 from helexa.core.lifecycle import ModelInfo, ModelStatus
 from helexa.cortex import refusals, router
 from helexa.cortex.fleet import Fleet
@@ -53,8 +53,8 @@ def nobody(model_id: str, why: str = "no node that is alive has its file") -> No
 def judge(model_id: str, node: str, status: int, body: bytes) -> HelexaError | None:
     """As refusals.judge; and a node that has no such file, or no whole one, is not the last word."""
     error = refusals.judge(model_id, node, status, body)
-    if status in (404, 422) or isinstance(error, ModelLoading):
-        _, said = refusals.code_and_message(body)
+    code, said = refusals.code_and_message(body)
+    if (status in (404, 422) and code != TemplateFailed.code) or isinstance(error, ModelLoading):
         return nobody(model_id, f"{node} says: {said.rstrip('.') or status}")
     return error
 

@@ -12,6 +12,7 @@ from tests.helpers.fleets import answers, fleet, info
 from helexa.core.catalogue import ModelProfile
 from helexa.core.errors import Dialect, NoNode
 from helexa.core.relay.contract import Endpoint, Exchange
+from helexa.cortex import counting as counting_rules
 
 COUNT = Endpoint("/v1/messages/count_tokens", Dialect.ANTHROPIC, "/v1/tokens/count", generates=False)
 COUNTED = b'{"model":"m","messages":[{"role":"user","content":"Hi"}]}'
@@ -58,6 +59,11 @@ def test_what_is_loaded_nowhere_is_counted_where_its_file_is_by_its_profile_and_
         bench.director.route(request)
     assert bench.loader.asked == []
     assert view.nodes["benjy"].models[NAME].status == "unloaded"
+
+
+def test_a_template_that_fails_is_the_last_word() -> None:
+    body = json.dumps({"error": {"message": "its chat template fails", "code": "template_failed"}}).encode()
+    assert counting_rules.judge("m", "beast", 422, body) is None
 
 
 def test_what_only_a_disk_knows_is_counted_by_the_node_s_own_name_for_it() -> None:
