@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final
 
-from helexa.neuron.harness.llama.profile import usable_cores
+from helexa.neuron.harness.cores import usable_cores
 from helexa.neuron.harness.llama.vocabulary import write_vocabulary
 
 READ_BYTES: Final = 8 << 20

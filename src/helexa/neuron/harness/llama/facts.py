@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from helexa.core.errors import BadRequest, NeverLoads
 from helexa.core.lifecycle import LoadRequest
+from helexa.neuron.harness.abilities import capabilities
 from helexa.neuron.harness.base import ModelFacts, ModelFiles
 from helexa.neuron.harness.llama.geometry import ENCODERS, Geometry, Keys, read_geometry
 from helexa.neuron.harness.llama.header import BadFile, Header, read_header, read_model
@@ -54,8 +55,6 @@ QUANTS: Final[dict[int, str]] = {
 # Beyond these the engine does not refuse: it aborts the process.
 SANE: Final = {"block_count": 512, "context_length": (1 << 31) - 1, "embedding_length": 1 << 24}
 POOL_RANK: Final = 4
-REASONING_MARKS: Final = ("<think", "enable_thinking", "reasoning_content", "<|channel|>")
-TOOL_MARKS: Final = ("tools", "tool_call")
 
 
 def inspect(files: ModelFiles, request: LoadRequest) -> ModelFacts:
@@ -77,6 +76,7 @@ def inspect(files: ModelFiles, request: LoadRequest) -> ModelFacts:
     has_classifier = any(t.name.startswith(("cls.", "cls")) for h in headers for t in h.tensors)
     template = request.chat_template or metadata.get("tokenizer.chat_template")
     task = _task(request, keys, template, geometry, has_classifier)
+    able = capabilities(task, template if isinstance(template, str) else None, sees=files.projector is not None)
     file_type = metadata.get("general.file_type")
     n_ctx_train = keys.number("context_length")
     return ModelFacts(
@@ -86,7 +86,7 @@ def inspect(files: ModelFiles, request: LoadRequest) -> ModelFacts:
         n_params=sum(t.elements for h in headers for t in h.tensors),
         size_bytes=sum(h.size_bytes for h in headers),
         quant=QUANTS.get(file_type & 0x3FF) if isinstance(file_type, int) else None,
-        capabilities=tuple(request.capabilities) if request.capabilities else _capabilities(task, template, files),
+        capabilities=tuple(request.capabilities) if request.capabilities else able,
         extra={
             "geometry": geometry,
             "template": template if isinstance(template, str) else None,
@@ -160,22 +160,6 @@ def _task(request: LoadRequest, keys: Keys, template: Any, geometry: Geometry, h
     if wanted == "rerank" and not has_classifier:
         raise BadRequest('task = "rerank": the model has no classification head (no cls tensors)', param="task")
     return wanted
-
-
-def _capabilities(task: str, template: Any, files: ModelFiles) -> tuple[str, ...]:
-    if task in ("embed", "rerank"):
-        return (task,)
-    if task != "chat":
-        return ()
-    text = template if isinstance(template, str) else ""
-    found = ["chat"]
-    if any(mark in text for mark in TOOL_MARKS):
-        found.append("tools")
-    if any(mark in text for mark in REASONING_MARKS):
-        found.append("reasoning")
-    if files.projector is not None:
-        found.append("vision")
-    return tuple(found)
 
 
 def _draft_geometry(files: ModelFiles) -> Geometry | None:

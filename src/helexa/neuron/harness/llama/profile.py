@@ -5,21 +5,19 @@ Pure but for `default_threads`, which asks the machine.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from helexa.core.errors import BadRequest
 from helexa.core.lifecycle import LoadRequest
 from helexa.neuron.harness.base import ModelFacts
+from helexa.neuron.harness.cores import MAX_THREADS, default_threads
 from helexa.neuron.harness.llama.geometry import Geometry
 
 KV_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 KV_QUANTISED: Final = frozenset({"q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"})
 KV_BLOCK: Final = 32  # elements that a quantised type packs together; none may cross a head
 MAX_SLOTS: Final = 256
-MAX_THREADS: Final = 512  # GGML_MAX_N_THREADS
 CONTEXT_STEP: Final = 256  # the engine rounds a slot's context up to this
 DEFAULT_SLOTS: Final = 4
 DEFAULT_CONTEXT: Final = 32_768
@@ -111,25 +109,3 @@ def default_batch(geometry: Geometry, threads: int, on_gpu: bool) -> int:
     tokens = int(BATCH_SECONDS * rate / max(geometry.active_params, 1))
     high = MAX_BATCH if on_gpu else MAX_BATCH_CPU
     return min(max(1 << max(tokens, 1).bit_length() - 1, MIN_BATCH), high)
-
-
-def default_threads() -> int:
-    """One core is left to the rest of the machine where there are more than two: with all of them taken, anything
-    else that runs makes the engine's threads wait for each other (75 tok/s became 5)."""
-    cores = usable_cores()
-    return cores - 1 if cores > 2 else cores
-
-
-def usable_cores() -> int:
-    """Physical cores that this process may use: hyper-threads, affinity and a container's quota counted."""
-    import psutil
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = min(cores, psutil.cpu_count(logical=False) or cores)
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return max(1, min(cores, MAX_THREADS))

@@ -14,11 +14,11 @@ from typing import Any, Final
 
 import msgspec
 
-from helexa.core.errors import BadRequest, HelexaError, UnsupportedModality, WrongTask
+from helexa.core.errors import BadRequest, HelexaError
 from helexa.core.relay.contract import Exchange
 from helexa.core.relay.upstream import Upstream
 from helexa.neuron.harness import openai_fields as fields
-from helexa.neuron.harness import openai_lists, system_messages
+from helexa.neuron.harness import openai_lists, openai_parts, openai_tasks, system_messages
 from helexa.neuron.harness.base import Plan, Prepared
 from helexa.neuron.harness.collect import Collector
 from helexa.neuron.harness.llama import infill, refusals
@@ -34,16 +34,6 @@ CHAT: Final = openai_lists.CHAT
 COMPLETIONS: Final = openai_lists.COMPLETIONS
 EMBEDDINGS: Final = openai_lists.EMBEDDINGS
 RERANK: Final = openai_lists.RERANK
-
-# Which tasks of a model answer which endpoint. A model without a chat template still completes.
-_TASKS: Final = {
-    CHAT: frozenset({"chat"}),
-    COMPLETIONS: frozenset({"chat", "completion"}),
-    EMBEDDINGS: frozenset({"embed"}),
-    RERANK: frozenset({"rerank"}),
-}
-_HOME: Final = {"chat": CHAT, "completion": COMPLETIONS, "embed": EMBEDDINGS, "rerank": RERANK}
-_MODALITIES: Final = {"image_url": ("vision", "images"), "input_audio": ("audio", "audio")}
 
 _TRUE: Final = b"true"
 _NULL: Final = b"null"
@@ -98,7 +88,7 @@ class LlamaSession:
             self._merges_system = not system_messages.are_shown(rendered)
 
     async def _learn_infill(self, engine: Upstream) -> None:
-        if self._task not in _TASKS[COMPLETIONS]:
+        if self._task not in openai_tasks.TASKS[COMPLETIONS]:
             return
         for marks, text in infill.probes():
             order = _encode({"content": text, "add_special": False, "parse_special": True})
@@ -110,8 +100,7 @@ class LlamaSession:
     def prepare(self, exchange: Exchange) -> Prepared:
         """HOT for a chat: one decode of the fields we judge, and one splice."""
         path = exchange.endpoint.upstream_path
-        if self._task not in _TASKS[path]:
-            raise self._wrong_task(path)
+        openai_tasks.check(self._model, self._task, path)
         return self._prepare[path](exchange)
 
     def refusal(self, exchange: Exchange, status: int, body: bytes) -> HelexaError | None:
@@ -119,19 +108,14 @@ class LlamaSession:
         return refusals.translate(self._model, exchange.endpoint.upstream_path, status, body)
 
     def check_chats(self) -> None:
-        if self._task not in _TASKS[CHAT]:
-            raise self._wrong_task(CHAT)
+        openai_tasks.check(self._model, self._task, CHAT)
 
     async def count_tokens(self, body: bytes, engine: Upstream) -> int:
         """Prompt tokens of a chat body as its own request would have them: the same rewriting, the engine's own
         template and tokenizer. Raises what the request itself would."""
         self.check_chats()
         asked = self._read_chat(body)
-        if kinds := fields.part_kinds(asked.messages or ()):
-            where = next(iter(kinds.values()))
-            raise UnsupportedModality(
-                "Only text can be counted; what an image or audio takes is known when it is read.", param=where
-            )
+        openai_parts.check_countable(asked)
         rendered = await self._ask(engine, "/apply-template", splice(body, self._shown(body, asked)))
         order = _encode({"content": rendered["prompt"], "add_special": True, "parse_special": True})
         return len((await self._ask(engine, "/tokenize", order))["tokens"])
@@ -147,24 +131,8 @@ class LlamaSession:
 
     def _read_chat(self, body: bytes) -> fields.ChatRequest:
         asked = fields.read_chat(body, max_choices=self._slots, context=self._context)
-        for message in asked.messages or ():
-            if type(message.content) is list:
-                self._check_parts(asked)
-                break
+        openai_parts.check(self._model, self._abilities, asked.messages or ())
         return asked
-
-    def _check_parts(self, asked: fields.ChatRequest) -> None:
-        for kind, where in fields.part_kinds(asked.messages or ()).items():
-            ability, name = _MODALITIES.get(kind, (None, None))
-            if ability is None:
-                raise BadRequest(f"`{where}.type` {kind!r} is not known.", param=f"{where}.type")
-            if ability not in self._abilities:
-                raise UnsupportedModality(
-                    f"{self._model} takes no {name}; use a model that has `{ability}` among its capabilities in "
-                    "/v1/models, or load this one with its projector.",
-                    param=where,
-                )
-        fields.check_images(asked.messages or ())
 
     def _chat(self, exchange: Exchange) -> Prepared:
         asked = self._read_chat(exchange.body)
@@ -312,19 +280,8 @@ class LlamaSession:
 
     def _cut(self, dimensions: int | None) -> Cut | None:
         """How an answer comes to the dimensions that were asked for."""
-        own = self._n_embd
-        if dimensions is None or dimensions == own:
-            return None
-        if own is not None and dimensions > own:
-            raise BadRequest(f"`dimensions` can be {own} at most: {self._model} gives no more.", param="dimensions")
-        if "dimensions" not in self._abilities:
-            gives = f"gives {own} dimensions, and " if own is not None else ""
-            raise BadRequest(
-                f"`dimensions` cannot be chosen: {self._model} {gives}is not known to bear a cut. If it was trained "
-                'to, say so in its profile: capabilities = ["embed", "dimensions"].',
-                param="dimensions",
-            )
-        return Cut(dimensions)
+        cuts = openai_parts.must_cut(self._model, self._abilities, self._n_embd, dimensions)
+        return Cut(dimensions) if cuts and dimensions is not None else None
 
     def _rerank(self, exchange: Exchange) -> Prepared:
         asked = fields.read_rerank(exchange.body)
@@ -334,15 +291,6 @@ class LlamaSession:
             body = splice(exchange.body, {"documents": _encode([fields.text_of(d) for d in documents])})
         mend = RerankMend(documents) if asked.return_documents else None
         return Prepared(body=body, mend=mend, dropped=openai_lists.dropped(asked, RERANK))
-
-    def _wrong_task(self, path: str) -> WrongTask:
-        home = _HOME.get(self._task)
-        hint = f"use {home}" if home else "see /v1/models for what it does"
-        if self._task == "completion" and path == CHAT:
-            hint += ", or load it with a `chat_template`: its file has none"
-        return WrongTask(
-            f"{self._model} is a model for {self._task} and does not answer {path}; {hint}.", param="model"
-        )
 
 
 def _spliced(body: bytes, asked: fields.Generation, values: dict[str, bytes]) -> bytes | None:
