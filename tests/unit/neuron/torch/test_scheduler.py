@@ -35,10 +35,10 @@ class Asked:
 
 asked = st.builds(
     Asked,
-    shared=st.integers(0, 3 * BLOCK),
-    own=st.integers(1, 2 * BLOCK),
+    shared=st.integers(0, 2 * BLOCK),
+    own=st.integers(1, BLOCK),
     kind=st.integers(0, 2),
-    answer=st.integers(1, BLOCK - 1),
+    answer=st.integers(1, 20) | st.integers(1, 3 * BLOCK),
     after=st.integers(0, 6),
     cancel=st.none() | st.integers(0, 12),
     hidden=st.sampled_from([False, False, False, True]),
@@ -48,14 +48,14 @@ asked = st.builds(
 class World:
     """A scheduler, the slabs it rules, and greedy answers."""
 
-    def __init__(self, *, rows: int = 4, chunk: int = 64, kv_tokens: int = CONTEXT) -> None:
-        self.scheduler = Scheduler(rows=rows, chunk=chunk, kv_tokens=kv_tokens)
+    def __init__(self, *, rows: int = 4, chunk: int = 64, kv_tokens: int = CONTEXT, ahead: int = 8) -> None:
+        self.scheduler = Scheduler(rows=rows, chunk=chunk, kv_tokens=kv_tokens, ahead=ahead)
         self.slabs = Slabs(kv_tokens)
         self.ends: dict[Sequence, int] = {}
         self.finished: list[Sequence] = []
 
     def add(self, prompt: list[int], answer: int, *, hidden: bool = False) -> Sequence:
-        sequence = self.scheduler.add(prompt, hidden=hidden)
+        sequence = self.scheduler.add(prompt, answer=0 if hidden else answer, hidden=hidden)
         self.ends[sequence] = len(prompt) + answer
         return sequence
 
@@ -168,7 +168,7 @@ def test_a_shared_beginning_is_copied_and_the_other_conversation_kept() -> None:
 
 
 def test_the_least_recently_used_entry_goes_first() -> None:
-    world = World(kv_tokens=6 * BLOCK)
+    world = World(kv_tokens=9 * BLOCK)
     old, new = ([kind] * (2 * BLOCK) for kind in (1, 2))
     world.add(old, 1)
     world.run()
@@ -188,7 +188,7 @@ def test_a_preempted_sequence_ends_with_the_answer_it_would_have_had() -> None:
     tight, roomy = World(kv_tokens=CONTEXT), World(kv_tokens=10 * CONTEXT)
     for world in (tight, roomy):
         for kind in range(3):
-            world.add([kind] * (BLOCK + 3), 2 * BLOCK)
+            world.add([kind] * (BLOCK + 3), 3 * BLOCK)
         world.run()
     assert tight.scheduler.preemptions > 0
     assert roomy.scheduler.preemptions == 0
@@ -259,7 +259,7 @@ def test_both_kinds_take_turns_and_never_share_a_step() -> None:
 
 def test_an_embedding_of_every_token_wants_all_of_its_chunks() -> None:
     scheduler = Scheduler(rows=1, chunk=16, kv_tokens=CONTEXT)
-    sequence = scheduler.add([1] * 40, hidden=True, every=True)
+    sequence = scheduler.add([1] * 40, answer=0, hidden=True, every=True)
     wanted = 0
     while sequence.pending:
         plan = scheduler.plan()

@@ -22,6 +22,9 @@ from helexa.neuron.harness.torch.step import Copy
 BLOCK: Final = 64
 CANDIDATES: Final = 8  # slabs compared token by token in one search; more of them differ after the same block
 COPY_PER_COMPUTE: Final = 8  # copying a token's keys and values costs at most 1/8 of computing them
+GROWTH: Final = (
+    1.25  # a slab that grows may have to be moved: often enough to waste little, seldom enough to cost little
+)
 
 
 def blocks_for(tokens: int) -> int:
@@ -115,10 +118,10 @@ class Pool:
         drops, self._drops = self._drops, []
         return drops
 
-    def open(self, chain: Chain, *, spare: int = 0, cache: bool = True) -> Opened | None:
-        """A slab with room for all of the chain, from as much of its beginning as is held anywhere; at least the last
-        token is left to compute. spare: blocks that must remain to be had afterwards. None, with nothing changed but
-        the order of use, where there is no room.
+    def open(self, chain: Chain, *, room: int = 0, spare: int = 0, cache: bool = True) -> Opened | None:
+        """A slab with room for all of the chain, or for `room` tokens if that is more, from as much of the chain's
+        beginning as is held anywhere; at least the last token is left to compute. spare: blocks that must remain to be
+        had afterwards. None, with nothing changed but the order of use, where there is no room.
 
         1. Nothing of use is held, or `cache` is off: a new slab.
         2. The slab that holds most is idle, and little of it would be lost: adopted.
@@ -126,12 +129,12 @@ class Pool:
            is copied. A busy slab can only be copied.
         4. Adopted, if it is idle; else a new slab.
         """
-        need = blocks_for(len(chain))
+        need = blocks_for(max(room, len(chain)))
         found, cached = self._find(chain) if cache else (None, 0)
         if found is not None:
             loss = found.held - cached
             if not found.busy and loss < BLOCK:
-                return self._adopt(found, chain, cached, spare)
+                return self._adopt(found, chain, cached, need, spare)
             free = self.capacity - self.used >= need + spare
             if found.busy or (loss * COPY_PER_COMPUTE >= cached if free else loss > cached):
                 found.pins += 1
@@ -142,19 +145,23 @@ class Pool:
                 found.pins -= 1
                 self._pinned.pop()
             if not found.busy:
-                return self._adopt(found, chain, cached, spare)
+                return self._adopt(found, chain, cached, need, spare)
         if not self._make_room(need, spare):
             return None
         return Opened(self._new(chain, 0, need), 0, None)
 
-    def grow(self, slab: Slab, tokens: int) -> bool:
-        """Room in a busy slab for this many tokens in all; False, with nothing changed, where there is none."""
-        more = blocks_for(tokens) - slab.blocks
-        if more > 0:
-            if not self._make_room(more, 0):
-                return False
-            slab.blocks += more
-            self.used += more
+    def grow(self, slab: Slab, tokens: int, most: int) -> bool:
+        """Room in a busy slab for this many tokens in all, and, if it is free, for some of those that may follow, up to
+        `most`. False, with nothing changed, where there is none."""
+        least = blocks_for(tokens) - slab.blocks
+        if least <= 0:
+            return True
+        wanted = min(int(slab.blocks * GROWTH) + 1, blocks_for(most)) - slab.blocks
+        more = max(least, min(wanted, self.capacity - self.used))
+        if not self._make_room(more, 0):
+            return False
+        slab.blocks += more
+        self.used += more
         return True
 
     def hold(self, slab: Slab, held: int) -> None:
@@ -195,14 +202,16 @@ class Pool:
         best.used = self._tick()
         return best, most
 
-    def _adopt(self, slab: Slab, chain: Chain, cached: int, spare: int) -> Opened | None:
+    def _adopt(self, slab: Slab, chain: Chain, cached: int, need: int, spare: int) -> Opened | None:
         slab.busy = True
-        if not self._make_room(max(0, blocks_for(len(chain)) - slab.blocks), spare):
+        more = max(0, need - slab.blocks)
+        if not self._make_room(more, spare):
             slab.busy = False
             return None
+        slab.blocks += more
+        self.used += more
         self._forget(slab, cached // BLOCK)
         slab.chain, slab.held = chain, cached
-        self.grow(slab, len(chain))
         return Opened(slab, cached, None)
 
     def _new(self, chain: Chain, held: int, blocks: int) -> Slab:

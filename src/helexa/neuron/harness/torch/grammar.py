@@ -57,7 +57,7 @@ class Grammars:
         """tokenizer: a tokenizers.Tokenizer. It is read for this at the first grammar, in some 100 ms."""
         self._source = tokenizer
         self._vocabulary = vocabulary
-        self._eos = sorted(token for token in eos if token < vocabulary)
+        self._eos = sorted(token for token in eos if token < vocabulary) or None  # None: as the tokenizer says
         self._tokenizer: Any = None
         self._kept: OrderedDict[tuple[str, str], Any] = OrderedDict()
         self._lock = threading.Lock()
@@ -101,7 +101,9 @@ class Grammars:
 
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = LLTokenizer(self._source.to_str(), n_vocab=self._vocabulary, eos_token=self._eos)
+                self._tokenizer = LLTokenizer(
+                    self._source.to_str(), n_vocab=self._vocabulary, eos_token=self._eos or None
+                )
             return self._tokenizer
 
 

@@ -154,10 +154,13 @@ def logprobs_of(row: Floats, token: int, top: int, data: list[bytes]) -> TokenLo
 
 def _weights(values: Floats, best: Any, temperature: float) -> Floats:
     """Probabilities but for a factor; 1 at best."""
-    return np.exp((values - best) / np.float32(temperature), dtype=np.float32).astype(np.float64)
+    weights: Floats = np.exp((values - best) / np.float32(temperature), dtype=np.float32)
+    return weights.astype(np.float64)
 
 
 def _ranked(row: Floats, edge: Any) -> NDArray[Any]:
     """Ids of what is at least `edge` and more than nothing, the largest first, of equals the lower id first."""
-    ids = np.flatnonzero((row >= edge) & (row > -np.inf)) if np.isinf(edge) else np.flatnonzero(row >= edge)
-    return ids[np.argsort(-row[ids], kind="stable")]
+    here = (row >= edge) & (row > -np.inf) if np.isinf(edge) else row >= edge
+    ids: NDArray[Any] = np.flatnonzero(here)
+    ranked: NDArray[Any] = ids[np.argsort(-row[ids], kind="stable")]
+    return ranked

@@ -15,6 +15,7 @@ from typing import Final
 from helexa.neuron.harness.torch.blocks import BLOCK, Chain, Pool, Slab
 from helexa.neuron.harness.torch.step import Copy, Row, Step
 
+AHEAD: Final = 256  # tokens of an answer for which there is room from the beginning, if memory is free
 DECODE: Final = 8  # a row of at most so many tokens is taken for a step of an answer, outside the chunk
 
 
@@ -24,6 +25,7 @@ class Sequence:
 
     number:  grows with each arrival
     prompt:  tokens of the prompt
+    most:    tokens that prompt and answer may come to
     hidden:  hidden states are wanted, not logits; every: of each token, else of the last
     done:    tokens whose keys and values its slab holds; meaningless while it waits
     cached:  of its prompt when it was first let in; None before
@@ -32,11 +34,15 @@ class Sequence:
     number: int
     chain: Chain
     prompt: int
+    most: int
     hidden: bool = False
     every: bool = False
     slab: Slab | None = None
     done: int = 0
     cached: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.chain)
 
     @property
     def pending(self) -> int:
@@ -70,7 +76,8 @@ class Plan:
 class Scheduler:
     """add, plan, done, (append | finish), plan, ... chunk: prompt tokens per step; may be changed between plans."""
 
-    def __init__(self, *, rows: int, chunk: int, kv_tokens: int) -> None:
+    def __init__(self, *, rows: int, chunk: int, kv_tokens: int, ahead: int = AHEAD) -> None:
+        self._ahead = ahead
         self.rows = rows
         self.chunk = chunk
         self.pool = Pool(kv_tokens)
@@ -80,9 +87,12 @@ class Scheduler:
         self._arrivals = 0
         self._hidden = False  # of the last step, where both kinds are there
 
-    def add(self, prompt: tuple[int, ...] | list[int], *, hidden: bool = False, every: bool = False) -> Sequence:
+    def add(
+        self, prompt: tuple[int, ...] | list[int], *, answer: int, hidden: bool = False, every: bool = False
+    ) -> Sequence:
+        """answer: the most tokens that will be appended."""
         self._arrivals += 1
-        sequence = Sequence(self._arrivals, Chain(prompt), len(prompt), hidden, every)
+        sequence = Sequence(self._arrivals, Chain(prompt), len(prompt), len(prompt) + answer, hidden, every)
         self.waiting.append(sequence)
         return sequence
 
@@ -104,7 +114,7 @@ class Scheduler:
         self._hidden = kinds.pop() if len(kinds) == 1 else not self._hidden
         parts = [self._part(s, n) for s, n in self._deal([s for s in self.running if s.hidden is self._hidden])]
         rows = [
-            Row(p.sequence.slab.number, p.sequence.done, _next(p), p.wanted)
+            Row(p.sequence.slab.number, p.sequence.done, _next(p), p.wanted, p.sequence.slab.blocks * BLOCK)
             for p in parts
             if p.sequence.slab is not None
         ]
@@ -143,7 +153,7 @@ class Scheduler:
         while at < len(self.running):
             sequence = self.running[at]
             assert sequence.slab is not None
-            if self.pool.grow(sequence.slab, len(sequence.chain)):
+            if self.pool.grow(sequence.slab, len(sequence.chain), sequence.most):
                 at += 1
                 continue
             youngest = self.running.pop()  # perhaps this very one
@@ -160,7 +170,10 @@ class Scheduler:
                 continue
             # So that those who run can take a block more before one has to go again.
             spare = len(self.running) + 1 if self.running else 0
-            opened = self.pool.open(sequence.chain, spare=spare, cache=not sequence.hidden)
+            ahead = min(sequence.most, len(sequence.chain) + self._ahead)
+            opened = self.pool.open(sequence.chain, room=ahead, spare=spare, cache=not sequence.hidden)
+            if opened is None:
+                opened = self.pool.open(sequence.chain, spare=spare, cache=not sequence.hidden)
             if opened is None:
                 break
             self.waiting.remove(sequence)

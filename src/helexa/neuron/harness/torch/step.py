@@ -26,12 +26,14 @@ class Row(msgspec.Struct, array_like=True):
     start:  tokens in the slab already; what it held beyond them is forgotten
     tokens: ids to compute, at positions start, start + 1, ...
     wanted: of how many of the last of them an answer is wanted; 0 in a chunk of a prefill that goes on
+    room:   tokens for which the slab is to have memory; it never shrinks, and what is asked for is what it may take
     """
 
     slab: int
     start: int
     tokens: list[int]
     wanted: int = 1
+    room: int = 0
 
 
 class Step(msgspec.Struct, array_like=True):
