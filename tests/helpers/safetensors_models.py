@@ -4,6 +4,7 @@ be made here is skipped with the reason."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -332,3 +334,60 @@ def _byte_letters() -> list[str]:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers makes of a prompt, in float32. logits: [tokens, vocabulary], or [tokens, hidden] of an
+    embedding model. margins: of each token, how far the last expert chosen lay before the first that was not, the
+    least over the layers; empty where there are no experts."""
+
+    tokens: list[int]
+    logits: Any
+    margins: Any
+
+
+def reference(family: str) -> Reference:
+    """family: a key of FAMILIES, or "smollm2". Computed once for each version of transformers."""
+    _need("torch", "transformers", "safetensors")
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    version = importlib.metadata.version("transformers")
+
+    def write(folder: Path) -> None:
+        tokens, logits, margins = _refer(smollm2() if family == "smollm2" else random_model(family), family)
+        save_file({"tokens": tokens, "logits": logits, "margins": margins}, folder / "reference.safetensors")
+
+    found = load_file(_made(f"reference-v1-{version}/{family}", write) / "reference.safetensors")
+    return Reference(found["tokens"].to(torch.int64).tolist(), found["logits"], found["margins"])
+
+
+def _refer(folder: Path, family: str) -> tuple[Any, Any, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
+        import transformers
+
+        bare = family.endswith("embedding")
+        kind = transformers.AutoModel if bare else transformers.AutoModelForCausalLM
+        # eager: written out in plain products, no kernel of torch's own in the reference
+        model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        generator = torch.Generator().manual_seed(7)
+        highest = min(model.config.vocab_size, 49_152) if family == "smollm2" else 260
+        tokens = torch.randint(4, highest, (1, 100), generator=generator)
+        margins = []
+
+        def note(module: Any, given: Any, got: Any) -> None:
+            router, chosen = got[0], model.config.num_experts_per_tok
+            best = router.float().reshape(-1, router.shape[-1]).softmax(-1).sort(-1, descending=True).values
+            margins.append(best[:, chosen - 1] - best[:, chosen])
+
+        for name, module in model.named_modules():
+            if name.endswith("mlp.gate"):
+                module.register_forward_hook(note)
+        with torch.inference_mode():
+            got = model(tokens)
+        logits = (got.last_hidden_state if bare else got.logits)[0]
+        least = torch.stack(margins).amin(0) if margins else torch.empty(0)
+        return tokens[0].clone(), logits.contiguous().clone(), least.clone()

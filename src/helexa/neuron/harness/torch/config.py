@@ -98,4 +98,26 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, share: Share, element_bytes: int) -> int:
         """On the rank that has this share."""
-        return 2 * len(self.layers) * share.kv_heads.size * self.head_dim * element_bytes
+        return 2 * len(self.layers) * len(heads_of(self, share).kv) * self.head_dim * element_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """A rank's attention. queries are `per_kv` to each of `kv`, which names for each the model's KV head.
+
+    Where a group is split unevenly, a KV head is held once for each query head that reads it: attention then needs no
+    copy of the context a step.
+    """
+
+    queries: int
+    kv: tuple[int, ...]
+    per_kv: int
+
+
+def heads_of(config: ModelConfig, share: Share) -> Heads:
+    per_group = config.query_heads // config.kv_heads
+    readers = [query // per_group for query in range(share.query_heads.start, share.query_heads.stop)]
+    counts = {kv: readers.count(kv) for kv in dict.fromkeys(readers)}
+    if len(set(counts.values())) == 1:
+        return Heads(len(readers), tuple(counts), next(iter(counts.values())))
+    return Heads(len(readers), tuple(readers), 1)
