@@ -34,7 +34,8 @@ class Seen:
 
 
 class ServingNeuron(FakeNeuron):
-    """go_on: what a `paused` stream waits for; left: set when a client's connection went away under a request."""
+    """go_on: what a `paused` stream waits for; drop: what `silent_until_dropped` does; left: set when a client's
+    connection went away under a request."""
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
@@ -43,6 +44,7 @@ class ServingNeuron(FakeNeuron):
         self.go_on = asyncio.Event()
         self.left = asyncio.Event()
         self.arrived = asyncio.Event()
+        self.drop = asyncio.Event()
         self.tokens: int | None = None  # what it counts of any prompt; None: it cannot
         self.counted: list[Seen] = []
 
@@ -84,6 +86,11 @@ class ServingNeuron(FakeNeuron):
         """Nothing at all, until the other end hangs up."""
         await self._until_left(request)
         return Response(b"")
+
+    async def silent_until_dropped(self, request: Request) -> Response:
+        """Nothing at all until `drop`; then the connection breaks."""
+        await self.drop.wait()
+        return await self.dead(request)
 
     async def dead(self, request: Request) -> Response:
         """The connection breaks before a byte."""

@@ -17,7 +17,7 @@ from helexa.core.dialects.node_errors import Naming
 from helexa.core.dialects.responses_document import Document
 from helexa.core.dialects.responses_sinks import EventWriter, ResponseBuilder
 from helexa.core.dialects.responses_stream import Answer
-from helexa.core.errors import BadRequest, HelexaError, UpstreamError
+from helexa.core.errors import BadRequest, UpstreamError
 from helexa.core.relay.contract import Exchange, Mend
 from helexa.cortex.response_store import Items, Record, chain, conversation, not_found, owner_of
 from helexa.cortex.translated import Setup, Translated, Witness
@@ -81,17 +81,19 @@ class Responses(_Asked):
         )
         self._sink: ResponseBuilder | None = None  # of the latest attempt
         if exchange.stream:
-            exchange.last_words = self._last_words
+            exchange.last_words = lambda error: self._writer().fail(error)
+            exchange.heartbeat = lambda text: self._writer().heartbeat(text)
 
     def answer(self, exchange: Exchange) -> Mend | None:
-        self._sink = EventWriter(self._document) if exchange.stream else ResponseBuilder(self._document)
+        self._sink = self._writer().anew() if exchange.stream else ResponseBuilder(self._document)
         return Answer(self._sink, called=self._asked.called, witness=Witness(exchange), naming=self.naming)
 
-    def _last_words(self, error: HelexaError) -> bytes:
+    def _writer(self) -> EventWriter:
+        """Of a stream: the latest attempt's, or one for what is said before any node is asked."""
         sink = self._sink
-        if not isinstance(sink, EventWriter):  # no node was asked
+        if not isinstance(sink, EventWriter):
             self._sink = sink = EventWriter(self._document)
-        return sink.fail(error)
+        return sink
 
     def over(self, exchange: Exchange) -> None:
         sink = self._sink

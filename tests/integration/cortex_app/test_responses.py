@@ -253,6 +253,34 @@ def test_a_load_that_fails_under_heartbeats_is_told_in_events(tmp_path: Path) ->
     run(scenario())
 
 
+def test_the_response_has_begun_while_its_model_loads_and_a_node_is_lost(tmp_path: Path) -> None:
+    """To clients that count events, and not comments, nothing has happened before."""
+    node, other = ServingNeuron(), ServingNeuron()
+    for each in (node, other):
+        each.plan += [each.silent_until_dropped, each.silent_until_dropped]
+
+    async def scenario() -> None:
+        async with fleet(tmp_path, node, other) as gateway:
+            reader, events = sse.EventReader(), []
+            body = msgspec.json.encode(asking(stream=True))
+            async with gateway.api.stream("POST", "/v1/responses", body) as answer:
+                async for part in answer:
+                    events += [event for event in reader.feed(part) if not event.comment]
+                    if len(events) == 2:
+                        for each in (node, other):
+                            each.plan.clear()
+                            each.drop.set()
+            said = [msgspec.json.decode(event.data) for event in events]
+            assert [event["type"] for event in said[:3]] == [
+                "response.created", "response.in_progress", "response.output_item.added",
+            ]  # fmt: skip
+            assert said[-1]["type"] == "response.completed"
+            assert [event["sequence_number"] for event in said] == list(range(len(said)))
+
+    run(scenario())
+    assert len(node.seen) + len(other.seen) == 2
+
+
 def test_what_is_kept_has_a_bound(tmp_path: Path) -> None:
     node = ServingNeuron()
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
+from helexa.core import sse
 from helexa.core.dialects import neuron_chat as chat
 from helexa.core.dialects.responses_document import Document, error_code
 from helexa.core.dialects.responses_input import seal
@@ -19,7 +20,10 @@ from helexa.core.errors import HelexaError
 
 _encode = msgspec.json.Encoder().encode
 
-_WAIT: Final = b":\n\n"
+# After how long a stream that says nothing new says an event again. Codex gives up a stream after 300 s without one,
+# however many comments come; 15 s, as event streams are kept alive elsewhere, leaves room for whoever waits less.
+EVENT_EVERY_S: Final = 15.0
+
 _TEXT: Final = b',"logprobs":[],"sequence_number":%d}\n\n'
 _OTHER: Final = b',"sequence_number":%d}\n\n'
 _HEAD: Final = b'event: %b\ndata: {"type":"%b",%b,"delta":'
@@ -154,21 +158,54 @@ class ResponseBuilder:
 class EventWriter(ResponseBuilder):
     """The stream. HOT: a delta is its JSON string between two constants, the first of them made with its item."""
 
-    __slots__ = ("_head", "_number", "_tail")
+    __slots__ = ("_head", "_number", "_quiet_at", "_quiet_since", "_sent", "_tail")
 
     def __init__(self, document: Document) -> None:
         super().__init__(document)
         self._number = 0  # of the next event
+        self._sent = 0  # what it was when the client was sent something last
+        self._quiet_at = -1  # what it was when it was seen to stand still
+        self._quiet_since = 0.0
         self._head = b""  # what precedes a delta's text in what is open
         self._tail = b""  # what follows it
 
+    def anew(self) -> EventWriter:
+        """For the next attempt, after one of which the client heard no more than that it is at work."""
+        other = EventWriter(self._document)
+        other._number = other._sent = self._sent
+        return other
+
+    def take(self) -> bytes:
+        self._sent = self._number
+        return super().take()
+
     def start(self) -> None:
+        if self._number:
+            return  # a heartbeat was before it
         response = msgspec.Raw(self._document.render("in_progress", []))
         self._event("response.created", response=response)
         self._event("response.in_progress", response=response)
 
+    def heartbeat(self, text: bytes) -> bytes:
+        """The next bytes while no node says anything.   text: for people who watch."""
+        self.start()
+        self._still_here(text)
+        return self.take()
+
     def wait(self) -> None:
-        self._out.append(_WAIT)
+        self._still_here(b"")
+
+    def _still_here(self, text: bytes) -> None:
+        """A comment, and now and then an event that says nothing new: there are clients that count events alone."""
+        now = self._document.clock()
+        if self._number != self._quiet_at:
+            self._quiet_at, self._quiet_since = self._number, now
+        elif now - self._quiet_since >= EVENT_EVERY_S:
+            self._event(
+                "response.in_progress", response=msgspec.Raw(self._document.render("in_progress", self._output))
+            )
+            return
+        self._out.append(sse.comment(text))
 
     def open_reasoning(self) -> None:
         super().open_reasoning()

@@ -79,6 +79,9 @@ class Exchange(msgspec.Struct, eq=False):
     headers_back: bytes = b""  # header lines of the Director's for the client, each ending in CRLF
     # What a stream that fails ends with, in place of its dialect's own event.
     last_words: Callable[[HelexaError], bytes] | None = None
+    # What a stream says while nothing is there to say, in place of its dialect's own heartbeat. Given what `progress`
+    # tells, or b"".
+    heartbeat: Callable[[bytes], bytes] | None = None
     reads: int = 0  # body reads relayed: a lower bound of deltas for a client that left before usage came
 
     def header(self, name: str) -> str | None:

@@ -654,6 +654,9 @@ class Pair:
         dialect = self.exchange.endpoint.dialect
         if dialect is Dialect.OLLAMA:
             return
-        text = self.director.progress(self.exchange) if self.phase is Phase.WAITING else None
-        self._emit(_PING if dialect is Dialect.ANTHROPIC else sse.comment(text or b""))
+        text = (self.director.progress(self.exchange) if self.phase is Phase.WAITING else None) or b""
+        if self.exchange.heartbeat is not None:
+            self._emit(self.exchange.heartbeat(text))
+        else:
+            self._emit(_PING if dialect is Dialect.ANTHROPIC else sse.comment(text))
         self._wrote = False

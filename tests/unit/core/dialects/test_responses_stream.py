@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -61,8 +62,8 @@ def progress(processed: int = 4) -> bytes:
     return event(choices=[], prompt_progress={"total": 9, "cache": 4, "processed": processed})
 
 
-def document(**form: bool) -> Document:
-    return Document(key="hx1", model="m", created_at=1, echo=b'"tools":[]', clock=lambda: 2.9, **form)
+def document(clock: Callable[[], float] = lambda: 2.9, **form: bool) -> Document:
+    return Document(key="hx1", model="m", created_at=1, echo=b'"tools":[]', clock=clock, **form)
 
 
 def answering(**form: bool) -> Answer:
@@ -90,6 +91,55 @@ def output(*parts: bytes, **form: bool) -> list[dict[str, Any]]:
 
 
 # the beginning
+
+
+def test_a_client_that_counts_events_alone_hears_one_every_fifteen_seconds() -> None:
+    """First while no node says anything, then while one reads the prompt; then the answer goes on in the same count."""
+    now = [100.0]
+    writer = EventWriter(document(clock=lambda: now[0]))
+    told = [writer.heartbeat(b"loading: 43 %")]
+    for _ in range(31):
+        now[0] += 1
+        told.append(writer.heartbeat(b""))
+    said = [[found.name or found.data for found in sse.EventReader().feed(part)] for part in told]
+    assert said[0] == ["response.created", "response.in_progress", b"loading: 43 %"]
+    assert [at for at, names in enumerate(said) if names == ["response.in_progress"]] == [15, 31]
+    assert {tuple(names) for names in said[1:]} == {(b"",), ("response.in_progress",)}
+    answer = Answer(writer.anew(), called=CALLED)
+    for number in range(40):
+        now[0] += 1
+        told.append(answer.feed(progress(number)))
+    told += [answer.feed(part) for part in (delta(content="x"), delta("stop"), usage(), DONE)]
+    found = events(b"".join(told))
+    assert [one["sequence_number"] for one in found] == list(range(len(found)))
+    kinds = [one["type"] for one in found]
+    assert (kinds.count("response.created"), kinds.count("response.in_progress"), kinds[-1]) == (
+        1,
+        5,
+        "response.completed",
+    )
+
+
+def test_what_an_attempt_did_not_send_the_next_one_says() -> None:
+    first = EventWriter(document())
+    lost = Answer(first, called=CALLED)
+    with pytest.raises(UpstreamError):
+        lost.feed(progress() + event(error={"message": "no", "code": "x"}))
+    assert [one["type"] for one in events(Answer(first.anew(), called=CALLED).feed(progress()))] == [
+        "response.created",
+        "response.in_progress",
+    ]
+
+
+def test_a_stream_that_fails_after_heartbeats_goes_on_in_their_count() -> None:
+    writer = EventWriter(document())
+    found = events(writer.heartbeat(b"") + writer.fail(Overloaded("busy")))
+    assert [(one["type"], one["sequence_number"]) for one in found] == [
+        ("response.created", 0),
+        ("response.in_progress", 1),
+        ("response.failed", 2),
+        ("error", 3),
+    ]
 
 
 def test_the_response_begins_with_the_first_progress_and_waits_in_comments() -> None:
