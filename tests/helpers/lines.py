@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from hypothesis import strategies as st
-from tests.helpers.wires import CHAT, Recorder, client_of, dechunk, request, waiting_upstream
+from tests.helpers.wires import CHAT, Recorder, Turn, client_of, dechunk, request, waiting_upstream
 
 from helexa.core.relay.server import Server
 
@@ -37,8 +37,8 @@ TEXTS = st.lists(
 class Line:
     """One client, one relay, one upstream, no sockets."""
 
-    def __init__(self, body: bytes = ASK, version: bytes = b"HTTP/1.1", **route: Any) -> None:
-        upstream, self.connection, self.up = waiting_upstream()
+    def __init__(self, body: bytes = ASK, version: bytes = b"HTTP/1.1", turn: Turn | None = None, **route: Any) -> None:
+        upstream, self.connection, self.up = waiting_upstream(turn=turn)
         self.director = Recorder(upstream, **route)
         self.server = Server(director=self.director, endpoints=[CHAT])
         self.client, self.wire = client_of(self.server)

