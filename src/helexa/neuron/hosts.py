@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import gc
 import os
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Any, Final, Protocol
 from helexa.core import logs
 from helexa.neuron import vitals
 from helexa.neuron.engine_threads import Engines, EngineThreads
+from helexa.neuron.freed import give_back_freed
 from helexa.neuron.harness import open_harness
 from helexa.neuron.load_watch import IDLE_CPU
 from helexa.neuron.process_host import QUIT_S, HostFailed, OnProgress, ProcessHost
@@ -219,13 +219,6 @@ class Hosts:
             _log.warning("no spare host", reason=str(err))
             return
         self._spare = spare
-
-
-def give_back_freed() -> None:
-    """This process's freed memory to the system: glibc keeps it otherwise."""
-    gc.collect()
-    if hasattr(_libc, "malloc_trim"):
-        _libc.malloc_trim(0)
 
 
 def _few_arenas() -> None:

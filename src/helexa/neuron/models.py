@@ -36,9 +36,10 @@ from helexa.neuron.admission import Seat
 from helexa.neuron.counters import Counters
 from helexa.neuron.devices import Devices
 from helexa.neuron.discovery import Probe
+from helexa.neuron.freed import give_back_freed
 from helexa.neuron.harness import reference
 from helexa.neuron.harness.base import Harness
-from helexa.neuron.hosts import Hosts, give_back_freed
+from helexa.neuron.hosts import Hosts
 from helexa.neuron.kv.store import Figures, open_store
 from helexa.neuron.listing import info_of, stored_info
 from helexa.neuron.planner import Planner

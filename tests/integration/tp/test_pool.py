@@ -136,12 +136,14 @@ def test_every_rank_has_its_frame_before_the_leader_enters(tmp_path: Path) -> No
             await pool.ping_all()
             written = []
             for rank in pool._ranks:
-                rank.send = lambda request, rank=rank, send=rank.send: (written.append(rank.rank), send(request))[1]  # type: ignore[method-assign]
+                rank.send = lambda n, request, rank=rank, send=rank.send: (written.append(rank.rank), send(n, request))[
+                    1
+                ]  # type: ignore[method-assign]
 
             def enter() -> list[int]:
                 return list(written)
 
-            seen, pongs = await pool._with_leader(enter, rpc.Ping, rpc.Pong, 10)
+            seen, pongs = await pool._with_leader(enter, lambda _: rpc.Ping(), rpc.Pong, 10)
             assert seen == [1, 2]
             assert [pong.rank for pong in pongs] == [1, 2]
 

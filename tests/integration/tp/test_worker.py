@@ -52,6 +52,10 @@ def test_a_rank_answers_each_request_once_and_outlives_what_it_cannot_read() -> 
             b"not json",
             b'{"op":"nccl_sanity_check","id":3}',
             b'{"op":"init","comm_id":"zz","id":4}',
+            b'{"op":"load_shard","spec":{},"id":5}',
+            b'{"op":"step","step":[[]],"id":6}',
+            b'{"op":"clear","id":7}',
+            b'{"op":"unload","id":8}',
             b"x" * (rpc.MAX_FRAME + 1),
             b'{"op":"ping"}',
         )
@@ -61,6 +65,10 @@ def test_a_rank_answers_each_request_once_and_outlives_what_it_cannot_read() -> 
             ("error", "bad_request", None),
             ("error", "not_initialised", 3),
             ("error", "bad_request", 4),
+            ("error", "not_initialised", 5),
+            ("error", "not_initialised", 6),
+            ("error", "not_initialised", 7),
+            ("unload_ok", None, 8),
             ("error", "bad_request", None),
             ("pong", None, None),
         ]

@@ -7,7 +7,7 @@ of the stream was never sent whole, and is dropped.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final, get_args
 
 import msgspec
 
@@ -35,6 +35,36 @@ class NcclSanityCheck(Frame, tag="nccl_sanity_check"):
     """Sum a one of every rank, whatever the backend is called."""
 
 
+class LoadShard(Frame, tag="load_shard"):
+    """Load this rank's part of a model. spec: for the engine's loader, opaque to this module."""
+
+    spec: dict[str, Any]
+
+
+class Step(Frame, tag="step"):
+    """Compute one step with every other rank. step: the engine's own, opaque to this module."""
+
+    step: msgspec.Raw
+
+
+class Drop(Frame, tag="drop"):
+    """Forget the keys and values of these slabs."""
+
+    slabs: list[int]
+
+
+class Clear(Frame, tag="clear"):
+    """Forget the keys and values of every slab."""
+
+
+class QueryMemory(Frame, tag="query_memory"):
+    pass
+
+
+class Unload(Frame, tag="unload"):
+    """Give the shard's memory back; the rank stays in its group. Without a shard it is done already."""
+
+
 class Shutdown(Frame, tag="shutdown"):
     pass
 
@@ -56,6 +86,33 @@ class NcclSanityResult(Frame, tag="nccl_sanity_result"):
     observed_sum: int
 
 
+class LoadShardOk(Frame, tag="load_shard_ok"):
+    kv_bytes_per_token: int  # on this rank
+
+
+class StepOk(Frame, tag="step_ok"):
+    pass
+
+
+class DropOk(Frame, tag="drop_ok"):
+    pass
+
+
+class ClearOk(Frame, tag="clear_ok"):
+    pass
+
+
+class QueryMemoryOk(Frame, tag="query_memory_ok"):
+    """MB of 2^20. device_mb: what this process holds of its device; absent on CPU."""
+
+    resident_mb: int
+    device_mb: int | None = None
+
+
+class UnloadOk(Frame, tag="unload_ok"):
+    pass
+
+
 class Bye(Frame, tag="bye"):
     """The last frame of a rank."""
 
@@ -67,8 +124,10 @@ class Error(Frame, tag="error"):
     message: str
 
 
-Request = Ping | Init | NcclSanityCheck | Shutdown
-Response = Pong | InitOk | NcclSanityResult | Bye | Error
+Request = Ping | Init | NcclSanityCheck | LoadShard | Step | Drop | Clear | QueryMemory | Unload | Shutdown
+Response = (
+    Pong | InitOk | NcclSanityResult | LoadShardOk | StepOk | DropOk | ClearOk | QueryMemoryOk | UnloadOk | Bye | Error
+)
 
 
 class BadFrame(Exception):
@@ -88,7 +147,7 @@ _heads = msgspec.json.Decoder(_Head)
 _requests = msgspec.json.Decoder[Request](Request)
 _responses = msgspec.json.Decoder[Response](Response)
 _encode = msgspec.json.Encoder().encode
-_OPS: Final = frozenset(str(kind.__struct_config__.tag) for kind in (Ping, Init, NcclSanityCheck, Shutdown))
+_OPS: Final = frozenset(str(kind.__struct_config__.tag) for kind in get_args(Request))
 _UNREADABLE: Final = (msgspec.MsgspecError, ValueError, RecursionError)
 
 

@@ -15,9 +15,11 @@ import sys
 import threading
 from typing import Final
 
+from helexa.neuron.freed import give_back_freed
 from helexa.neuron.orphans import die_with, take_stdout
 from helexa.neuron.tp import comm, rpc
 from helexa.neuron.tp.collective import Collective, CollectiveFailed, CollectiveUnavailable, open_collective
+from helexa.neuron.tp.holder import LOADER, CannotLoad, Holder, NoShard
 
 READ: Final = 1 << 16
 SHOWN: Final = 200  # bytes of a bad line that the log gets
@@ -49,9 +51,10 @@ class Requests:
 class Worker:
     """One rank, and where it stands: outside a group, or in one."""
 
-    def __init__(self, rank: int, world_size: int, device: int) -> None:
+    def __init__(self, rank: int, world_size: int, device: int, holder: Holder) -> None:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.collective: Collective | None = None
+        self._holder = holder
 
     def answer(self, line: bytes | None) -> rpc.Response:
         """Never raises: what goes wrong is the answer."""
@@ -65,7 +68,13 @@ class Worker:
             response = self._do(request)
         except (CollectiveFailed, CollectiveUnavailable) as err:
             response = rpc.Error(kind="collective_unavailable", message=str(err))
-        except (MemoryError, RuntimeError) as err:  # torch's own errors, a device's among them
+        except NoShard:
+            response = self._not_initialised("holds no shard; send load_shard first")
+        except CannotLoad as err:
+            response = rpc.Error(kind="load", message=f"rank {self.rank}: {err}")
+        except MemoryError as err:
+            response = rpc.Error(kind="device", message=f"rank {self.rank}: out of memory{f': {err}' * bool(str(err))}")
+        except RuntimeError as err:  # torch's own errors, a device's among them
             response = rpc.Error(kind="device", message=f"rank {self.rank}: {err}")
         except Exception as err:
             response = rpc.Error(kind="internal", message=f"rank {self.rank}: {err!r}")
@@ -80,6 +89,24 @@ class Worker:
                 return self._init(comm_id)
             case rpc.NcclSanityCheck():
                 return self._sanity()
+            case rpc.Step(step=step):
+                return self._holder.step(step)
+            case rpc.LoadShard(spec=spec):
+                if self.collective is None:
+                    return self._not_initialised("is in no group; send init first")
+                return self._holder.load(spec, self.collective)
+            case rpc.Drop(slabs=slabs):
+                self._holder.drop(slabs)
+                return rpc.DropOk()
+            case rpc.Clear():
+                self._holder.clear()
+                return rpc.ClearOk()
+            case rpc.QueryMemory():
+                return self._holder.memory()
+            case rpc.Unload():
+                self._holder.unload()
+                give_back_freed()
+                return rpc.UnloadOk()
             case rpc.Shutdown():
                 if self.collective is not None:
                     self.collective.close()
@@ -97,8 +124,11 @@ class Worker:
 
     def _sanity(self) -> rpc.Response:
         if self.collective is None:
-            return rpc.Error(kind="not_initialised", message=f"rank {self.rank} is in no group; send init first")
+            return self._not_initialised("is in no group; send init first")
         return rpc.NcclSanityResult(observed_sum=self.collective.count_ranks())
+
+    def _not_initialised(self, why: str) -> rpc.Error:
+        return rpc.Error(kind="not_initialised", message=f"rank {self.rank} {why}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--world-size", type=int, required=True)
     parser.add_argument("--device", type=int, required=True, help="the device's index, as GET /discovery gives it")
     parser.add_argument("--parent", type=int, default=None, help="process id of the leader; without it this one ends")
+    parser.add_argument("--loader", default=LOADER, help='the engine\'s loader of a shard, "module:function"')
     args = parser.parse_args(argv)
     if not 0 <= args.rank < args.world_size:
         parser.error(f"--rank is 0 to {args.world_size - 1} where --world-size is {args.world_size}")
@@ -120,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     requests = Requests(os.dup(0))
-    worker = Worker(args.rank, args.world_size, args.device)
+    worker = Worker(args.rank, args.world_size, args.device, Holder(args.loader))
     while True:
         response = worker.answer(requests.next())
         requests.leaving = isinstance(response, rpc.Bye)

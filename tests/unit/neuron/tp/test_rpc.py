@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,16 @@ from helexa.neuron.tp import rpc
         (rpc.Ping(), {"op": "ping"}),
         (rpc.Init(comm_id="ab12"), {"op": "init", "comm_id": "ab12"}),
         (rpc.NcclSanityCheck(id=7), {"op": "nccl_sanity_check", "id": 7}),
+        (rpc.LoadShard(spec={"folder": "/m"}), {"op": "load_shard", "spec": {"folder": "/m"}}),
+        (rpc.Step(id=8, step=msgspec.Raw(b"[[[1,0,[5],1]]]")), {"op": "step", "id": 8, "step": [[[1, 0, [5], 1]]]}),
+        (rpc.Drop(slabs=[3]), {"op": "drop", "slabs": [3]}),
+        (rpc.Clear(), {"op": "clear"}),
+        (rpc.QueryMemory(), {"op": "query_memory"}),
+        (rpc.Unload(), {"op": "unload"}),
+        (rpc.LoadShardOk(kv_bytes_per_token=8), {"op": "load_shard_ok", "kv_bytes_per_token": 8}),
+        (rpc.StepOk(id=8), {"op": "step_ok", "id": 8}),
+        (rpc.QueryMemoryOk(resident_mb=90), {"op": "query_memory_ok", "resident_mb": 90}),
+        (rpc.UnloadOk(), {"op": "unload_ok"}),
         (rpc.Shutdown(), {"op": "shutdown"}),
         (
             rpc.Pong(id=1, rank=1, world_size=2, cuda_device=1),
