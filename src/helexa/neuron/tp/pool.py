@@ -17,7 +17,7 @@ import msgspec
 
 from helexa.core import logs
 from helexa.neuron.tp import rpc
-from helexa.neuron.tp.collective import Collective, CollectiveFailed, open_collective
+from helexa.neuron.tp.collective import TIMEOUT_S, Collective, CollectiveFailed, open_collective
 from helexa.neuron.tp.comm import Comm
 from helexa.neuron.tp.rank import PoolFailed, Rank
 
@@ -26,7 +26,7 @@ __all__ = ["PoolFailed", "WorkerPool"]
 _log = logs.get("neuron.tp")
 
 PING_S: Final = 10.0  # a machine under load starts a process slowly; a well one answers within 0.2 s
-INIT_S: Final = 120.0  # torch's import among it
+INIT_S: Final = TIMEOUT_S  # torch's import among it
 CHECK_S: Final = 60.0
 ASK_S: Final = 10.0
 CLOSE_S: Final = 1.0  # the leader's side of a group that nobody else is in
