@@ -10,9 +10,10 @@ Its model files are a line that begins with GGUF and goes on as JSON, the `Scrip
     deaf                 the engine never closes, or, a FIFO, not before the test opens it
     hold_interpreter     the load goes on for ever and holds the GIL, as an engine in C may
     worker               the engine has a thread that works when a request says "work"
+    ranks                the host asks to be watched (step_watch.py), and has so many processes beside it
     keeps                the engine has a prompt cache that can be saved (see Memory); "dies": and dies when restored to
 
-A request says what to do in its body: {"do": "answer" | "stream" | "stall" | "burn" | "work" | "die" | "lie" | "talk"}.
+A request says what to do in its body: {"do": "answer" | "stream" | "stall" | "burn" | "die" | "lie" | "talk" | "hang"}.
 How often a model was loaded stands in a file beside it, and in another one how often a host was begun that only counts
 its tokens, which takes COUNTING_MB and heeds no more of the script than `fail`.
 """
@@ -25,7 +26,9 @@ import errno
 import json
 import os
 import queue
+import signal
 import socketserver
+import subprocess
 import sys
 import threading
 import time
@@ -52,6 +55,7 @@ from helexa.neuron.harness.base import (
     Saved,
     SlotUse,
 )
+from helexa.neuron.step_watch import StepReport, report_of
 
 EXIT_CODE = 7
 COUNTING_MB = 40
@@ -68,6 +72,7 @@ class Script(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     hold_interpreter: bool = False
     truncated: bool = False
     keeps: str | None = None
+    ranks: int | None = None
     worker: bool = False
 
 
@@ -285,6 +290,9 @@ class ScriptedEngine:
         self._server.api_key = api_key
         self._server.memory = Memory(states, script.keeps == "dies")
         self._server.worker = _Worker() if script.worker else None
+        self._server.report = None if script.ranks is None else StepReport.create(report_of(Path(socket)))
+        if self._server.report is not None:
+            self._server.report.ranks([_rank() for _ in range(script.ranks or 0)])
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
@@ -330,6 +338,7 @@ class _Server(socketserver.ThreadingUnixStreamServer):
     api_key = ""
     memory: Memory
     worker: _Worker | None
+    report: StepReport | None
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that left is nothing to tell of."""
@@ -360,6 +369,12 @@ class _Handler(BaseHTTPRequestHandler):
             assert self.server.worker is not None
             self.server.worker.work()
             self._answer(200, {})
+        elif do == "hang":
+            assert self.server.report is not None
+            self.server.report.begin(usual_s=0.01)
+            self._begin_stream()
+            self._chunk(b"data: 1\n\n")
+            os.kill(os.getpid(), signal.SIGSTOP)
         elif do == "lie":
             self.wfile.write(b"HTTP/1.1 two hundred\r\n\r\n")
         elif do == "die":
@@ -393,6 +408,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
+
+
+def _rank() -> int:
+    """A process beside the host, which does not look after itself."""
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True).pid
 
 
 def _script(path: Path) -> Script:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from helexa.neuron import vitals
@@ -14,14 +15,13 @@ IDLE_CPU: Final = 0.015  # of one core; measured: an idle llama.cpp server takes
 
 
 class LoadWatch:
-    """Bytes that the process read or mapped, of the size of its files; None where nobody can tell."""
+    """Bytes that its processes read or mapped, of the size of its files; None where nobody can tell."""
 
-    def __init__(self, pid: int, size_bytes: int) -> None:
-        self._pid = pid
+    def __init__(self, pids: Callable[[], Sequence[int]], size_bytes: int) -> None:
+        """pids: of the host and what it started to load with it, as they are now."""
+        self._pids = pids
         self._size = max(size_bytes, 1)
-        self._read_at_start = vitals.bytes_read(pid) or 0
-        memory = vitals.memory(pid)
-        self._memory_at_start = 0 if memory is None else memory.total
+        self._read_at_start, self._memory_at_start, _ = self._sums()
         self._cpu_s = 0.0
         self._mark = -1.0
         self._moved_at = self._busy_at = time.monotonic()
@@ -30,19 +30,23 @@ class LoadWatch:
     def look(self, told: float | None) -> None:
         """told: the engine's own fraction, where it reports one."""
         now = time.monotonic()
-        read = (vitals.bytes_read(self._pid) or 0) - self._read_at_start
-        memory = vitals.memory(self._pid)
-        mapped = 0 if memory is None else memory.total - self._memory_at_start
-        moved = max(read, mapped, 0)
+        read, memory, cpu_s = self._sums()
+        moved = max(read - self._read_at_start, memory - self._memory_at_start, 0)
         seen = min(moved / self._size, 0.99)  # 1 is for the engine to say
         self.fraction = max(self.fraction or 0.0, seen if told is None else told)
         if moved + (told or 0.0) != self._mark:
             self._mark = moved + (told or 0.0)
             self._moved_at = now
-        cpu_s = vitals.cpu_s(self._pid) or 0.0
         if cpu_s - self._cpu_s > IDLE_CPU * LOOK_S:
             self._busy_at = now
         self._cpu_s = cpu_s
+
+    def _sums(self) -> tuple[int, int, float]:
+        """Bytes read, bytes resident, seconds of processor time."""
+        pids = self._pids()
+        memories = [memory.total for pid in pids if (memory := vitals.memory(pid)) is not None]
+        read = sum(vitals.bytes_read(pid) or 0 for pid in pids)
+        return read, sum(memories), sum(vitals.cpu_s(pid) or 0.0 for pid in pids)
 
     def why_stuck(self) -> str | None:
         now = time.monotonic()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from signal import Signals
 from typing import Any, Final, cast
@@ -20,6 +21,7 @@ from helexa.core import logs
 from helexa.neuron import host_messages, vitals
 from helexa.neuron.host_messages import Failed, Load, Loaded, Order, Progress, Quit, Ready
 from helexa.neuron.load_watch import IDLE_CPU, LOOK_S, LoadWatch
+from helexa.neuron.step_watch import StepWatch, report_of
 
 _log = logs.get("neuron.hosts")
 
@@ -64,6 +66,7 @@ class ProcessHost(asyncio.SubprocessProtocol):
         self._rests = {1: b"", 2: b""}
         self._alive_at = time.monotonic()
         self._cpu_s = 0.0
+        self._steps: StepWatch | None = None  # where its harness asks to be watched
         self._transport = cast("asyncio.SubprocessTransport", None)
 
     @classmethod
@@ -97,9 +100,7 @@ class ProcessHost(asyncio.SubprocessProtocol):
 
     async def load(self, harness: str, spec: dict[str, Any], size_bytes: int, progress: OnProgress) -> None:
         await self.warm()
-        pid = self.pid
-        assert pid is not None
-        watch = LoadWatch(pid, size_bytes)
+        watch = LoadWatch(self._pids, size_bytes)
         self._order(Load(harness, spec))
         while True:
             done, _ = await asyncio.wait({self._loaded}, timeout=LOOK_S)
@@ -130,14 +131,18 @@ class ProcessHost(asyncio.SubprocessProtocol):
                 _log.error("a host cannot be killed: it is inside the kernel", model=self.model_id, pid=self.pid)
         self._transport.close()
         self.socket.unlink(missing_ok=True)
+        report_of(self.socket).unlink(missing_ok=True)
         return self._gone.is_set()
 
     async def gone(self) -> None:
         await self._gone.wait()
 
     def memory(self) -> vitals.Memory | None:
-        pid = self.pid
-        return None if pid is None or not self.is_alive else vitals.memory(pid)
+        """Its own, and what its ranks hold."""
+        each = [memory for pid in self._pids() if (memory := vitals.memory(pid)) is not None]
+        if not each:
+            return None
+        return vitals.Memory(own=sum(m.own for m in each), mapped=sum(m.mapped for m in each))
 
     def look(self) -> None:
         pid = self.pid
@@ -148,6 +153,9 @@ class ProcessHost(asyncio.SubprocessProtocol):
         if cpu_s - self._cpu_s > IDLE_CPU:  # looked at once a second
             self._alive_at = now
         self._cpu_s = cpu_s
+        watch = self._watch()
+        if watch is not None and (reason := watch.why_stuck()) is not None:
+            self._end_stuck(reason)
 
     def alive_at(self) -> float:
         return self._alive_at
@@ -180,6 +188,27 @@ class ProcessHost(asyncio.SubprocessProtocol):
             self._end()
 
     # ours
+
+    def _watch(self) -> StepWatch | None:
+        if self._steps is None and self.is_alive and self.model_id is not None:
+            self._steps = StepWatch.open(report_of(self.socket))
+        return self._steps
+
+    def _pids(self) -> list[int]:
+        """Of its processes, while it lives. What a host says of its ranks is taken for those alone that are its own."""
+        pid = self.pid
+        if pid is None or not self.is_alive:
+            return []
+        watch = self._watch()
+        return [pid, *(rank for rank in watch.ranks() if vitals.parent(rank) == pid)] if watch is not None else [pid]
+
+    def _end_stuck(self, reason: str) -> None:
+        """The watchdog's: host and ranks at once. One inside a collective cannot be asked to leave it."""
+        self._failure = self._failure or f"the engine stood still: {reason}; the host was killed"
+        _log.error("an engine stood still and is killed", model=self.model_id, pid=self.pid, reason=reason)
+        for pid in reversed(self._pids()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, Signals.SIGKILL)
 
     def _event(self, line: bytes) -> None:
         try:

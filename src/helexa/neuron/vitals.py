@@ -57,6 +57,11 @@ def cpu_s(pid: int, thread: int | None = None) -> float | None:
     return (int(fields[11]) + int(fields[12])) * _TICK_S
 
 
+def parent(pid: int) -> int | None:
+    stat = _read(pid, "stat")
+    return None if stat is None else int(stat[stat.rindex(b")") + 2 :].split()[1])
+
+
 def _read(pid: int, name: str) -> bytes | None:
     try:
         return Path(f"/proc/{pid}/{name}").read_bytes()

@@ -13,12 +13,14 @@ import pytest
 from tests.helpers.aio import run
 from tests.helpers.nests import children, exchange, nest, read_out
 from tests.helpers.neuron_daemon import neuron
+from tests.helpers.raw import until
 from tests.helpers.scripted import Gate, Script, loads_of
 
 from helexa.core.errors import (
     LoadFailed,
     ModelLoading,
 )
+from helexa.neuron import step_watch
 from helexa.neuron.run_dir import RunDir
 
 
@@ -45,6 +47,50 @@ def test_a_host_killed_in_its_load_is_told_as_killed(tmp_path: Path) -> None:
                 await loading
             assert n.info("a").status == "failed"
             gate.close()
+
+    run(main())
+
+
+def test_a_host_whose_step_does_not_end_is_killed_with_its_ranks_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_watch, "LEAST_S", 0.3)
+
+    async def main() -> None:
+        async with nest(tmp_path) as n:
+            n.model("a", Script(ranks=2))
+            await n.load("a")
+            before = psutil.Process(n.pid("a"))
+            family = [before, *before.children()]
+            assert len(family) == 3
+            seat = await n.seat("a")
+            async with seat.upstream.stream("POST", "/v1/chat/completions", b'{"do":"hang"}') as stream:
+                data = aiter(stream)
+                await anext(data)  # host and request stand still from here on
+                with pytest.raises(ConnectionError):
+                    await read_out(data)
+            seat.release()
+            await n.until(lambda: n.states("a")[-2:] == ["recovering", "loaded"])
+            await until(lambda: not any(process.is_running() for process in family))
+            reasons = [body["error"] for _, body in n.events if body.get("error")]
+            assert "the engine stood still: step 1 has run for" in reasons[0]
+            assert (await n.ask("a")).status == 200
+
+    run(main())
+
+
+def test_the_memory_of_a_hosts_ranks_counts_with_its_own(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nest(tmp_path) as n:
+            n.model("a", Script(ranks=2))
+            await n.load("a")
+            host = psutil.Process(n.pid("a"))
+            serving = n.models._residents["a"].serving
+            assert serving is not None
+            held = serving.host.memory()
+            assert held is not None
+            alone = host.memory_info().rss
+            assert held.total > alone + sum(rank.memory_info().rss for rank in host.children()) * 0.9 - (1 << 20)
 
     run(main())
 

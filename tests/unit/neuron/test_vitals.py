@@ -25,6 +25,11 @@ def test_mapped_pages_are_told_apart_from_a_process_own(tmp_path: Path) -> None:
     assert during.total == during.own + during.mapped
 
 
+def test_a_process_knows_its_parent() -> None:
+    assert vitals.parent(os.getpid()) == os.getppid()
+    assert vitals.parent(2**22 + 1) is None
+
+
 def test_bytes_read_and_processor_time_grow(tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"x" * MB)
@@ -47,7 +52,7 @@ def test_a_process_that_is_not_there_has_no_vitals() -> None:
 def test_a_loads_progress_is_what_was_read_until_the_engine_tells_its_own(tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"x" * 4 * MB)
-    watch = LoadWatch(os.getpid(), 8 * MB)
+    watch = LoadWatch(lambda: [os.getpid()], 8 * MB)
     file.read_bytes()
     watch.look(None)
     assert watch.fraction is not None
@@ -61,7 +66,7 @@ def test_a_loads_progress_is_what_was_read_until_the_engine_tells_its_own(tmp_pa
 
 
 def test_a_load_that_stands_still_is_told(tmp_path: Path) -> None:
-    watch = LoadWatch(2**22 + 1, MB)
+    watch = LoadWatch(lambda: [2**22 + 1], MB)
     watch.look(None)
     watch._moved_at = watch._busy_at = time.monotonic() - 121
     watch.look(None)
