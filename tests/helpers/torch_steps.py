@@ -41,7 +41,8 @@ class Slabs:
             assert copy.target not in self.gone
             assert 0 < copy.tokens <= len(self.held[copy.source])
             self.held[copy.target] = self.held[copy.source][: copy.tokens]
-            self.most[copy.target] = copy.tokens
+            assert copy.tokens <= copy.room
+            self.most[copy.target] = copy.room
         assert len({row.slab for row in step.rows}) == len(step.rows)
         wanted = []
         for row in step.rows:

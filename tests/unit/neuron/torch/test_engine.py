@@ -112,6 +112,10 @@ def greedy(prompt: tuple[int, ...], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+def assert_true(value: bool) -> None:
+    assert value
+
+
 def decoded(tokens: list[int]) -> str:
     stream = Detokeniser(VOCABULARY)
     return "".join(stream.feed(token) for token in tokens)
@@ -208,14 +212,19 @@ def test_an_answer_keeps_to_its_grammar(start: Start) -> None:
 
 
 def test_a_seed_fixes_an_answer_whatever_runs_beside_it(start: Start) -> None:
-    alone, crowded = start(rows=1)[0], start(rows=8, kv_tokens=3 * CONTEXT // 2)[0]
+    alone, idle = start(rows=1)
+    crowded, busy = start(rows=8, kv_tokens=3 * CONTEXT // 2)
     crowded._scheduler._ahead = 8
-    for engine in (alone, crowded):
-        engine._runner.logits = lambda tokens: np.cos(np.arange(SIZE) * (sum(tokens) % 97))  # type: ignore[attr-defined]
+    for runner in (idle, busy):
+        runner.logits = lambda tokens: np.cos(np.arange(SIZE) * (sum(tokens) % 97))
+    all_there = threading.Event()
+    busy.before = lambda step: assert_true(all_there.wait(WAIT_S))
     request = Request(tuple(range(50)), max_tokens=100, sampling=Sampling(seed=11, top_p=0.9))
-    want = Told(alone, request).text
     others = [Told(crowded, Request((n,) * 40, max_tokens=100)) for n in range(6)]
-    assert Told(crowded, request).text == want
+    among = Told(crowded, request)
+    all_there.set()
+    want = Told(alone, request).text
+    assert among.text == want
     assert crowded._scheduler.preemptions > 0
     other = Request(request.prompt, max_tokens=100, sampling=Sampling(seed=12, top_p=0.9))
     assert Told(alone, other).text != want

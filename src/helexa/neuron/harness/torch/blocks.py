@@ -141,7 +141,7 @@ class Pool:
                 self._pinned.append(found)
                 if self._make_room(need, spare):
                     slab = self._new(chain, cached, need)
-                    return Opened(slab, cached, Copy(found.number, slab.number, cached))
+                    return Opened(slab, cached, Copy(found.number, slab.number, cached, need * BLOCK))
                 found.pins -= 1
                 self._pinned.pop()
             if not found.busy:

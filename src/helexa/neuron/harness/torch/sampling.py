@@ -7,6 +7,7 @@ preemption move it; the token is where it falls on the line of probabilities.
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Any, Final
 
@@ -18,9 +19,11 @@ from helexa.neuron.harness.torch.request import Sampling, TokenLogprob
 
 Floats = NDArray[Any]
 
-# Tokens less likely than the best by more than these factors (in e-folds) are looked at only where those within do
-# not settle it. Most rows are settled by some tens of tokens.
-_NEAR: Final = (8.0, 16.0)
+# Tokens less likely than the best by more than this (in e-folds) are looked at only where those within do not settle
+# it. Most rows are settled by some tens of tokens.
+_NEAR: Final = 8.0
+_FAR: Final = 12.0
+_STRETCH: Final = 256  # tokens whose weights are summed at once
 
 
 class NoNumbers(ValueError):
@@ -62,12 +65,9 @@ class Chooser:
             raise NoNumbers
         if self.sampling.temperature == 0.0:
             return best
-        ids, probabilities = distribution(row, self.sampling)
-        if len(ids) == 1:
-            return int(ids[0])
-        line = np.cumsum(probabilities, dtype=np.float64)
-        at = int(np.searchsorted(line, random_at(self._seed, position) * line[-1], side="right"))
-        return int(ids[min(at, len(ids) - 1)])
+        ids, weights = _kept(row, self.sampling)
+        at = landing(weights, random_at(self._seed, position))
+        return at if ids is None else int(ids[at])
 
     def took(self, token: int) -> None:
         """The answer has this token now."""
@@ -93,52 +93,90 @@ class Chooser:
 
 
 def distribution(row: Floats, sampling: Sampling) -> tuple[NDArray[Any], Floats]:
-    """The ids that temperature and filters leave, and their probabilities, which sum to 1. temperature > 0.
-    With a filter they come by falling probability, of equals the lower id first; without one, by id."""
-    temperature = max(sampling.temperature, 1e-6)
-    best = row.max()
-    top_k = sampling.top_k if 0 < sampling.top_k < len(row) else 0
-    top_p = sampling.top_p if sampling.top_p < 1.0 else 0.0
-    if not top_k and sampling.top_p >= 1.0 and sampling.min_p <= 0.0:
-        ids = np.flatnonzero(row > -np.inf)
-        weights = _weights(row[ids], best, temperature)
-        return ids, weights / weights.sum()
-    if top_k:
-        ids = largest(row, top_k, temperature)
-        weights = _weights(row[ids], best, temperature)
-        whole = weights.sum()
-    elif sampling.top_p >= 1.0:
-        ids = _ranked(row, best + temperature * np.log(sampling.min_p) - 1e-3)
-        weights = _weights(row[ids], best, temperature)
-        whole = weights.sum()
-    else:
-        whole = _weights(row, best, temperature).sum()
-        for near in (*_NEAR, np.inf):
-            ids = _ranked(row, best - near * temperature)
-            weights = _weights(row[ids], best, temperature)
-            if weights.sum() >= top_p * whole:
-                break
-    if sampling.top_p < 1.0:
-        before = np.cumsum(weights) - weights  # what is likelier than each: the first always stays
-        count = max(1, int(np.count_nonzero(before < top_p * whole)))
-        ids, weights = ids[:count], weights[:count]
-    if sampling.min_p > 0.0:
-        count = max(1, int(np.count_nonzero(weights >= sampling.min_p * weights[0])))
-        ids, weights = ids[:count], weights[:count]
+    """The ids that temperature and filters leave, in the order of their stretches on the line, and their probabilities,
+    which sum to 1. temperature > 0."""
+    ids, weights = _kept(row, sampling)
+    if ids is None:
+        ids = np.flatnonzero(weights)
+        weights = weights[ids]
+    weights = weights.astype(np.float64)
     return ids, weights / weights.sum()
 
 
+def landing(weights: Floats, where: float) -> int:
+    """On whose stretch of the line of all weights `where` of its length lies, from 0 to 1; never on one of no weight.
+    A running sum over a whole vocabulary costs ten times as much as the sums of its parts."""
+    if len(weights) <= 4 * _STRETCH:
+        return _landing(weights, where, 0.0)[0]
+    cut = len(weights) // _STRETCH * _STRETCH
+    parts = np.append(weights[:cut].reshape(-1, _STRETCH).sum(axis=1), weights[cut:].sum())
+    part, before = _landing(parts, where, 0.0)
+    begin = part * _STRETCH
+    return begin + _landing(weights[begin : begin + _STRETCH], 0.0, before)[0]
+
+
+def _landing(weights: Floats, where: float, point: float) -> tuple[int, float]:
+    """On which stretch `where` of the line's length and `point` more lies, and how far behind its beginning."""
+    line = np.cumsum(weights, dtype=np.float64)
+    point += where * float(line[-1])
+    at = int(np.searchsorted(line, point, side="right"))
+    if at == len(line):  # rounded up to the very end: the last that has any weight
+        at = int(np.searchsorted(line, line[-1], side="left"))
+    return at, point - float(line[at - 1]) if at else point
+
+
 def largest(row: Floats, count: int, scale: float = 1.0) -> NDArray[Any]:
-    """Ids of the `count` largest, the largest first, of equals the lower id first. scale: near is within some of it."""
-    best = row.max()
-    for near in _NEAR:
-        ids = _ranked(row, best - near * scale)
-        if len(ids) >= count:
-            return ids[:count]
-    if count < len(row):
-        edge = np.partition(row, len(row) - count)[len(row) - count]
-        return _ranked(row, edge)[:count]
-    return _ranked(row, -np.inf)[:count]
+    """Ids of the `count` largest, the largest first, of equals the lower id first; fewer where the rest is -inf.
+    scale: those near the best are looked at first, and this is the measure of near."""
+    ids: NDArray[Any] = np.flatnonzero(row >= row.max() - _NEAR * scale)
+    if len(ids) < count:
+        ids = np.flatnonzero(row > -np.inf)
+    values = row[ids]
+    if len(ids) > 2 * count:
+        near = values >= np.partition(values, len(ids) - count)[len(ids) - count]
+        ids, values = ids[near], values[near]
+    ranked: NDArray[Any] = ids[np.argsort(-values, kind="stable")][:count]
+    return ranked
+
+
+def _kept(row: Floats, sampling: Sampling) -> tuple[NDArray[Any] | None, Floats]:
+    """Ids (None: all, in order), and their probabilities but for a common factor. Nothing of the whole row's size is
+    sorted where what is near the best settles it."""
+    temperature = max(sampling.temperature, 1e-6)
+    ids: NDArray[Any] | None = None
+    values, best = row, row.max()
+    if 0 < sampling.top_k < len(row):
+        ids = largest(row, sampling.top_k, temperature)
+        values = row[ids]
+    weights: Floats = np.exp((values - best) / np.float32(temperature))
+    if sampling.top_p < 1.0:
+        kept = _nucleus(weights, sampling.top_p)
+        ids, weights = kept if ids is None else ids[kept], weights[kept]
+    if sampling.min_p > 0.0:
+        kept = np.flatnonzero(weights >= np.float32(sampling.min_p) * weights.max())
+        ids, weights = kept if ids is None else ids[kept], weights[kept]
+    return ids, weights
+
+
+def _nucleus(weights: Floats, top_p: float) -> NDArray[Any]:
+    """Which are the fewest, likeliest first, that together have `top_p` of the weight; in their old order. At least
+    one; of equals the earlier one."""
+    enough = top_p * weights.sum(dtype=np.float64)
+    for least in (math.exp(-_NEAR), math.exp(-_FAR), 0.0):
+        near: NDArray[Any] = np.flatnonzero(weights > least * weights.max())
+        values = weights[near]
+        if values.sum(dtype=np.float64) >= enough:
+            break
+    falling = np.sort(values)[::-1]
+    before = np.cumsum(falling, dtype=np.float64) - falling
+    count = max(1, int(np.count_nonzero(before < enough)))
+    edge = falling[count - 1]
+    kept = np.flatnonzero(values >= edge)
+    if len(kept) > count:  # some are equal to the last one
+        equal = np.flatnonzero(values[kept] == edge)
+        kept = np.delete(kept, equal[len(equal) - (len(kept) - count) :])
+    found: NDArray[Any] = near[kept]
+    return found
 
 
 def logprobs_of(row: Floats, token: int, top: int, data: list[bytes]) -> TokenLogprob:
@@ -150,17 +188,3 @@ def logprobs_of(row: Floats, token: int, top: int, data: list[bytes]) -> TokenLo
         TokenLogprob(int(i), data[int(i)], float(row[i]) - whole) for i in (largest(row, top) if top else ())
     )
     return TokenLogprob(token, data[token], float(row[token]) - whole, others)
-
-
-def _weights(values: Floats, best: Any, temperature: float) -> Floats:
-    """Probabilities but for a factor; 1 at best."""
-    weights: Floats = np.exp((values - best) / np.float32(temperature), dtype=np.float32)
-    return weights.astype(np.float64)
-
-
-def _ranked(row: Floats, edge: Any) -> NDArray[Any]:
-    """Ids of what is at least `edge` and more than nothing, the largest first, of equals the lower id first."""
-    here = (row >= edge) & (row > -np.inf) if np.isinf(edge) else row >= edge
-    ids: NDArray[Any] = np.flatnonzero(here)
-    ranked: NDArray[Any] = ids[np.argsort(-row[ids], kind="stable")]
-    return ranked

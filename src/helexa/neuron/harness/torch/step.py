@@ -12,11 +12,13 @@ import msgspec
 
 
 class Copy(msgspec.Struct, array_like=True):
-    """The first `tokens` of one slab into another, which holds nothing yet: a prefix that two sequences share."""
+    """The first `tokens` of one slab into another, which holds nothing yet: a prefix that two sequences share.
+    room: as a row's."""
 
     source: int
     target: int
     tokens: int
+    room: int = 0
 
 
 class Row(msgspec.Struct, array_like=True):
