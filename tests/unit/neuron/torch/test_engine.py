@@ -391,7 +391,7 @@ def test_close_ends_what_is_left_and_the_runner(start: Start) -> None:
 
 def test_numbers_that_are_none_fail_their_request_alone(start: Start) -> None:
     engine, runner = start()
-    runner.logits = lambda tokens: np.full(SIZE, np.nan) if tokens[0] == 9 else runner.one_hot(tokens)
+    runner.logits = lambda tokens: np.full(SIZE + 4, np.nan) if tokens[0] == 9 else runner.one_hot(tokens)
     bad, good = Told(engine, Request((9, 1))), Told(engine, Request((2,), max_tokens=5, sampling=GREEDY))
     assert isinstance(bad.error, UpstreamError)
     assert good.text == decoded(greedy((2,), 5))

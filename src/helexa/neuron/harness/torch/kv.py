@@ -48,19 +48,20 @@ class Slabs:
     def copy(self, copy: Copy) -> None:
         """Raises MemoryError, KeyError for a slab that is not there."""
         source = self._slabs[copy.source]
-        self.reserve(copy.target, 0, copy.tokens)
+        self.reserve(copy.target, 0, copy.tokens, copy.room)
         self._slabs[copy.target][:, :, :, : copy.tokens] = source[:, :, :, : copy.tokens]
 
-    def reserve(self, slab: int, start: int, end: int) -> None:
-        """Room for tokens up to `end`, of which the first `start` are kept. Raises MemoryError, and the slab is then
-        as it was; ValueError if it does not hold `start` tokens."""
+    def reserve(self, slab: int, start: int, end: int, room: int = 0) -> None:
+        """Room for tokens up to `end`, of which the first `start` are kept. room: for how many there is to be room, as
+        whoever counts the memory says; 0: the slab grows by a rule of its own. Raises MemoryError, and the slab is
+        then as it was; ValueError if it does not hold `start` tokens."""
         held = self._held.get(slab, 0)
         if start > held:
             raise ValueError(f"slab {slab} holds {held} tokens, and a step starts at {start}")
         old = self._slabs.get(slab)
-        if old is None or end > old.shape[3]:
+        if old is None or max(end, room) > old.shape[3]:
             wanted = end if old is None else max(end, int(old.shape[3] * _GROWTH))
-            new = self._allocate(-(-wanted // _STEP) * _STEP)
+            new = self._allocate(max(end, room) if room else -(-wanted // _STEP) * _STEP)
             if old is not None and start:
                 new[:, :, :, :start] = old[:, :, :, :start]
             self._slabs[slab] = new

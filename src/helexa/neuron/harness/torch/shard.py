@@ -91,7 +91,7 @@ class Shard:
                 slabs.copy(copy)
             rows = [row for row in step.rows if row.tokens]
             for row in rows:
-                slabs.reserve(row.slab, row.start, row.start + len(row.tokens))
+                slabs.reserve(row.slab, row.start, row.start + len(row.tokens), row.room)
             if not rows:
                 return None
             tokens = torch.tensor([token for row in rows for token in row.tokens], device=device)
