@@ -125,6 +125,8 @@ class Gate:
 
 class ScriptedHarness:
     name = "scripted"
+    format = "gguf"
+    own_process = False
 
     def engine_version(self) -> str | None:
         return "1"

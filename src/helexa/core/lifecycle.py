@@ -171,14 +171,26 @@ class DeviceEstimate(msgspec.Struct, omit_defaults=True, kw_only=True):
         return self.weights_mb + self.kv_mb + self.overhead_mb
 
 
+class RankEstimate(msgspec.Struct, kw_only=True):
+    """One of the processes that hold a model together."""
+
+    rank: int
+    device: int
+    weights_mb: int
+    kv_mb: int
+    overhead_mb: int
+
+
 class Estimate(msgspec.Struct, omit_defaults=True, kw_only=True):
     """Answer of POST /models/estimate. fits is always written.
 
+    ranks: the same by rank, where there is more than one
     why:   why it does not fit; ways: what of the profile would make it fit, as `key = value`, any one of them
     never: not with nothing else loaded either; why, ways and what is free are then about the empty node
     """
 
     devices: list[DeviceEstimate]
+    ranks: list[RankEstimate] = []
     why: str | None = None
     ways: list[str] = []
     never: bool = False

@@ -44,10 +44,12 @@ def faults(profile: ServingProfile, at: Key) -> Iterator[Fault]:
         if ranks is not None and devices and len(devices) != ranks:
             yield Fault((*at, "devices"), f"names {len(devices)} for tensor_parallel = {ranks}")
     if shares is not None:
-        if devices is None:
-            yield Fault((*at, "shares"), "needs devices, one share for each")
-        elif len(shares) != len(devices):
+        if devices is None and ranks is None:
+            yield Fault((*at, "shares"), "needs devices or tensor_parallel, one share for each")
+        elif devices is not None and len(shares) != len(devices):
             yield Fault((*at, "shares"), f"has {len(shares)} values for {len(devices)} devices")
+        elif ranks is not None and len(shares) != ranks:
+            yield Fault((*at, "shares"), f"has {len(shares)} values for tensor_parallel = {ranks}")
         if not any(shares):
             yield Fault((*at, "shares"), "gives no device anything")
     for name in ("lora", "capabilities"):

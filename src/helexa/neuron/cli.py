@@ -196,6 +196,7 @@ def _settings(path: Path | None) -> NeuronSettings:
 
 
 def _store(settings: NeuronSettings, *, allow_downloads: bool = False) -> Store:
+    from helexa.neuron.harness import KNOWN, formats_of, open_harness
     from helexa.neuron.store import Store
 
     return Store(
@@ -203,6 +204,7 @@ def _store(settings: NeuronSettings, *, allow_downloads: bool = False) -> Store:
         allowed_roots=[Path(root) for root in settings.allowed_roots],
         allow_downloads=allow_downloads,
         gguf_owners=settings.gguf_owners,
+        formats=formats_of(open_harness(name) for name in KNOWN),
     )
 
 

@@ -157,7 +157,9 @@ class Counters:
 
     async def _start(self, counter: _Counter, harness: Harness, plan: Plan) -> None:
         key = secrets.token_urlsafe(24)
-        host = counter.host = await self._hosts.take(counter.model_id, reference(harness))
+        host = counter.host = await self._hosts.take(
+            counter.model_id, reference(harness), own_process=harness.own_process
+        )
         spec = harness.counting_spec(plan, host.socket, key)
         await host.load(reference(harness), spec, 0, lambda fraction: None)
         headers = {"authorization": f"Bearer {key}"}

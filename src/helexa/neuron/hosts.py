@@ -170,9 +170,10 @@ class Hosts:
         self._closed = False
         self._engines = Engines()
 
-    async def take(self, model_id: str, harness: str) -> Host:
-        """A host for this model: the spare if it is of this harness and well, else a new one. `close` it at the end."""
-        if self._isolation == "none":
+    async def take(self, model_id: str, harness: str, *, own_process: bool) -> Host:
+        """A host for this model: the spare if it is of this harness and well, else a new one. `close` it at the end.
+        own_process: a process, whatever the isolation."""
+        if self._isolation == "none" and not own_process:
             return ThreadHost(model_id, self._run_dir.new_socket(), self._engines)
         spare, self._spare = self._spare, None
         if spare is not None and (not spare.is_alive or spare.harness != harness):

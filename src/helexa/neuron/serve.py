@@ -33,7 +33,7 @@ from helexa.neuron.director import NodeDirector
 from helexa.neuron.discovery import Probe, discover
 from helexa.neuron.events import Hub
 from helexa.neuron.guard import Guard
-from helexa.neuron.harness import KNOWN, open_harness
+from helexa.neuron.harness import KNOWN, formats_of, open_harness
 from helexa.neuron.harness.base import Harness
 from helexa.neuron.image_fetch import ImageFetcher
 from helexa.neuron.metrics import Metrics
@@ -137,6 +137,7 @@ class Neuron:
             allowed_roots=[Path(root) for root in settings.allowed_roots],
             allow_downloads=settings.allow_downloads,
             gguf_owners=settings.gguf_owners,
+            formats=formats_of(self._harnesses.values()),
         )
         models = Models(settings, harnesses=self._harnesses, probe=probe, store=store, publish=self._publish)
         discovery = msgspec.structs.replace(probe.discovery(), harnesses=usable, isolation=settings.isolation)

@@ -67,7 +67,7 @@ async def start(
     model_id = plan.request.id
     key = secrets.token_urlsafe(24)
     try:
-        host = await hosts.take(model_id, harness)
+        host = await hosts.take(model_id, harness, own_process=placed.harness.own_process)
     except HostFailed as err:
         raise LoadFailed(f"{model_id} could not be loaded: {err}") from err
     upstream = Upstream(

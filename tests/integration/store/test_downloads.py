@@ -251,10 +251,21 @@ def test_a_model_folder_comes_with_its_tokenizer(hub: FakeHub, home: Path) -> No
         "chat_template.jinja": b"t",
         "model.safetensors": b"weights",
     }
-    hub.add("acme/plain", {**names, "consolidated.safetensors": b"again", "pic.png": b"x", "onnx/model.json": b"x"})
+    others = {"consolidated.safetensors": b"again", "pic.png": b"x", "onnx/model.json": b"x"}
+    hub.add("acme/plain", {**names, **others, "1_Pooling/config.json": b"{}"})
     path = resolve(make_store(home, formats=("gguf", "safetensors")), source="acme/plain")
-    assert sorted(f.name for f in path.parent.iterdir()) == sorted(names)
+    assert sorted(f.name for f in path.parent.iterdir()) == sorted([*names, "1_Pooling"])
     assert (path.parent / "tokenizer.json").resolve().name == git_sha1(b"[]")
+    assert (path.parent / "1_Pooling" / "config.json").read_bytes() == b"{}"
+
+
+def test_a_named_harness_decides_what_is_fetched_of_a_repository_that_has_both(hub: FakeHub, home: Path) -> None:
+    weights = {"config.json": b"{}", "model.safetensors": b"weights"}
+    hub.add("acme/both", {**weights, "both-Q8_0.gguf": Q8})
+    store = make_store(home, formats=("gguf", "safetensors"))
+    assert resolve(store, source="acme/both", harness="torch", quant="bf16").read_bytes() == b"weights"
+    assert hub.downloads("both-Q8_0.gguf") == []
+    assert resolve(store, source="acme/both", harness="llama").read_bytes() == Q8
 
 
 def test_a_quant_that_is_not_there_lists_those_that_are(hub: FakeHub, home: Path) -> None:

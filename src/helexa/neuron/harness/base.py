@@ -146,9 +146,15 @@ class PromptCache(Protocol):
 
 
 class Harness(Protocol):
-    """Made without arguments, in the daemon and again in each host process, which is told its class by name."""
+    """Made without arguments, in the daemon and again in each host process, which is told its class by name.
+
+    format:      of the files that it serves, as the store calls it: gguf | safetensors
+    own_process: whether its host must be a process, whatever the daemon's `isolation` says
+    """
 
     name: str
+    format: str
+    own_process: bool
 
     def engine_version(self) -> str | None:
         """Version of the engine, None where it is not installed."""

@@ -14,6 +14,7 @@ from helexa.neuron.store import names
 
 GGUF: Final = "gguf"
 SAFETENSORS: Final = "safetensors"
+OF_HARNESS: Final = {"llama": GGUF, "torch": SAFETENSORS}
 _MAGIC: Final = b"GGUF"
 # What msgspec raises for bytes that are not JSON of the type: also for bad UTF-8 in a string, and for deep nesting.
 NOT_JSON: Final = (msgspec.MsgspecError, ValueError, RecursionError)

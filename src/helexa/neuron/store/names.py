@@ -25,6 +25,7 @@ PREFERRED: Final = (
     *("IQ4_NL", "IQ4_XS", "Q4_0", "Q4_1", "Q5_K_M", "UD-Q5_K_XL", "Q5_K_S", "Q5_0", "Q5_1", "Q6_K", "Q6_K_L"),
     *("Q8_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "BF16", "F16", "F32"),
 )
+DTYPES: Final = ("f32", "bf16", "f16", "int8")  # what a `quant` may say of a model folder
 _PROJECTOR_PREFERRED: Final = ("F16", "BF16", "Q8_0", "F32")
 
 
@@ -34,6 +35,12 @@ class HubRef:
 
     repo: str
     tag: str | None = None
+    only: str | None = None  # the one format (disk.GGUF ...) that will do
+
+    @property
+    def weights(self) -> bool:
+        """A folder of weights will do: without a tag, or with one that says how they are to be loaded."""
+        return self.tag is None or self.tag.lower() in DTYPES
 
     def __str__(self) -> str:
         return f"{self.repo}:{self.tag}" if self.tag else self.repo

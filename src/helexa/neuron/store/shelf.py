@@ -12,7 +12,7 @@ from helexa.core.errors import BadRequest, ModelNotFound, NeverLoads
 from helexa.core.lifecycle import LoadRequest
 from helexa.neuron.store import disk, names
 from helexa.neuron.store.cache import HubCache
-from helexa.neuron.store.disk import GGUF, SAFETENSORS, StoredModel
+from helexa.neuron.store.disk import GGUF, OF_HARNESS, SAFETENSORS, StoredModel
 from helexa.neuron.store.names import HubRef
 
 
@@ -59,14 +59,14 @@ class Shelf:
         if request.source is not None:
             path = self.path_of(request.source)
             if path is not None:
-                return self._at_path(path, request.quant)
+                return self._at_path(path, request)
             return self.cached(self.ref_of(request, request.source))
         if not request.id:
             raise BadRequest("a load request needs model_id or source", param="model_id")
-        found = self._below_models_dir(request.id, request.quant)
+        found = self._below_models_dir(request.id, request)
         wanted = names.parse_ref(request.id)
         if found is None and wanted is not None:
-            found = self._below_models_dir(wanted.repo, request.quant or wanted.tag)
+            found = self._below_models_dir(wanted.repo, request, wanted.tag)
         if found is None and wanted is not None:
             found = self.cached(self.ref_of(request, request.id))
         return found
@@ -92,18 +92,22 @@ class Shelf:
             )
         if request.quant and wanted.tag and request.quant.lower() != wanted.tag.lower():
             raise BadRequest(f"quant {request.quant!r} and {text!r} contradict each other", param="quant")
-        return HubRef(wanted.repo, request.quant or wanted.tag)
+        return HubRef(wanted.repo, request.quant or wanted.tag, _only(request))
 
     def candidates(self, ref: HubRef) -> list[str]:
         """The repository, and where a quant is wanted (or only GGUF can be served) those with its GGUF files."""
-        wants_gguf = ref.tag is not None or SAFETENSORS not in self.formats
+        formats = self.formats_for(ref)
+        wants_gguf = GGUF in formats and (ref.tag is not None or SAFETENSORS not in formats)
         return [ref.repo, *(names.gguf_repos(ref.repo, self._owners) if wants_gguf else [])]
+
+    def formats_for(self, ref: HubRef) -> Collection[str]:
+        return self.formats if ref.only is None else (ref.only,)
 
     def cached(self, ref: HubRef) -> StoredModel | None:
         if self.cache is None:
             return None
         for repo in self.candidates(ref):
-            found = _choose(self.cache.read(repo).models(self.formats), ref.tag)
+            found = _choose(self.cache.read(repo).models(self.formats_for(ref)), ref.tag)
             if found is not None:
                 return found
         return None
@@ -127,12 +131,13 @@ class Shelf:
         scan.sizes = {f: _size(f) for model in scan.models for f in model.files}
         return scan
 
-    def _at_path(self, path: Path, quant: str | None) -> StoredModel:
+    def _at_path(self, path: Path, request: LoadRequest) -> StoredModel:
+        quant, only = request.quant, _only(request)
         folder = path if path.is_dir() else path.parent
         if not path.exists():
             raise NeverLoads(f"{path} is not there (or this user may not see it)")
         root = self.models_dir if self.models_dir and folder.is_relative_to(self.models_dir) else folder
-        models = disk.in_folder(root, folder, sorted(os.listdir(folder)), (GGUF, SAFETENSORS))
+        models = disk.in_folder(root, folder, sorted(os.listdir(folder)), (only,) if only else (GGUF, SAFETENSORS))
         if not path.is_dir():
             for model in models:
                 if path in model.files:
@@ -146,9 +151,10 @@ class Shelf:
             raise NeverLoads(f"{path} holds no model: neither a .gguf file nor config.json with .safetensors files")
         return chosen
 
-    def _below_models_dir(self, name: str, quant: str | None) -> StoredModel | None:
+    def _below_models_dir(self, name: str, request: LoadRequest, tag: str | None = None) -> StoredModel | None:
         wanted = name.removesuffix(".gguf").strip("/")
-        here = [m for m in self.models() if m.repo is None]
+        quant, only = request.quant or tag, _only(request)
+        here = [m for m in self.models() if m.repo is None and only in (None, GGUF if m.stem else SAFETENSORS)]
         for model in here:
             if model.id == wanted and (quant is None or model.quant in (None, quant.upper())):
                 return model
@@ -161,7 +167,12 @@ def _choose(models: Sequence[StoredModel], tag: str | None) -> StoredModel | Non
     picked = names.pick([names.Gguf(stem, (), (1,) if m.error else ()) for stem, m in by_stem.items()], tag)
     if picked is not None:
         return by_stem[picked[1].stem]
-    return next((m for m in models if not m.stem), None) if tag is None else None
+    return next((m for m in models if not m.stem), None) if HubRef("", tag).weights else None
+
+
+def _only(request: LoadRequest) -> str | None:
+    """The format that the harness which is named reads."""
+    return OF_HARNESS.get(request.harness or "")
 
 
 def _mtime(folder: Path) -> int | None:

@@ -27,6 +27,7 @@ from helexa.neuron.store.shelf import Shelf
 NOT_WHOLE: Final = "file_not_whole"
 # Files of a safetensors repository that an engine needs beside the weights.
 _BESIDE_WEIGHTS: Final = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+_BESIDE_FOLDERS: Final = ("1_Pooling/", "additional_chat_templates/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +265,8 @@ class Store:
         """The files of a repository that make the model, the first part first; None: look in the next repository.
         Raises ModelNotFound, naming the quants there are."""
         models = names.group(listing.names)
-        if models and GGUF in self._formats:
+        formats = [f for f in self._shelf.formats_for(ref) if f in self._formats]
+        if models and GGUF in formats:
             picked = names.pick(models, ref.tag)
             if picked is None:
                 there = ", ".join(names.tags(models))
@@ -273,7 +275,7 @@ class Store:
                 raise NeverLoads(f"{listing.repo} is incomplete on the Hub: {picked[1].why_incomplete}")
             projector = names.pick_projector(listing.names)
             return [*picked[1].parts, *([projector] if projector else [])]
-        if ref.tag is None and SAFETENSORS in self._formats:
+        if ref.weights and SAFETENSORS in formats:
             weights = disk.weight_files(listing.names)
             beside = [n for n in listing.names if _is_beside_weights(n)]
             if weights and "config.json" in beside:
@@ -332,7 +334,7 @@ class Store:
 
 
 def _is_beside_weights(name: str) -> bool:
-    return "/" not in name and name.endswith(_BESIDE_WEIGHTS)
+    return name.endswith(_BESIDE_WEIGHTS) and ("/" not in name or name.startswith(_BESIDE_FOLDERS))
 
 
 def _absolute(path: Path) -> Path:

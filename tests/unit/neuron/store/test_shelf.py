@@ -155,6 +155,26 @@ def test_a_model_folder_that_lacks_a_part_is_named(models: Path, tmp_path: Path)
         store.find_local(LoadRequest(model_id="qwen"))
 
 
+def test_a_named_harness_finds_its_own_format_and_a_dtype_is_no_quantisation(models: Path, tmp_path: Path) -> None:
+    put(models, "qwen/config.json", "qwen/model.safetensors", "qwen/qwen-Q8_0.gguf")
+    store = make_store(models, tmp_path, formats=("gguf", "safetensors"))
+
+    def suffix(**asked: str) -> str:
+        return Path(found(store, **asked)[0]).suffix
+
+    for source in ("qwen", str(models / "qwen")):
+        way = {"model_id": "x", "source": source}
+        assert suffix(**way, harness="torch") == ".safetensors"
+        assert suffix(**way, harness="torch", quant="bf16") == ".safetensors"
+        assert suffix(**way, harness="llama", quant="Q8_0") == ".gguf"
+    assert suffix(model_id="qwen", harness="torch") == ".safetensors"
+    assert suffix(model_id="qwen/qwen-Q8_0", harness="llama") == ".gguf"
+    assert suffix(model_id="x", source="qwen") == ".gguf"
+    assert suffix(model_id="x", source="qwen", quant="int8") == ".safetensors"
+    with pytest.raises(NeverLoads, match="has no Q8_0"):
+        store.find_local(LoadRequest(model_id="x", source="qwen", harness="torch", quant="Q8_0"))
+
+
 def test_new_gone_and_growing_files_are_seen(store: Store, models: Path) -> None:
     assert store.on_disk() == []
     put(models, "sub/a.gguf")

@@ -17,6 +17,8 @@ class LlamaHarness:
     """harness.base.Harness for llama.cpp."""
 
     name = "llama"
+    format = "gguf"
+    own_process = False
 
     def engine_version(self) -> str | None:
         from helexa.neuron.harness.llama.engine import engine_version
