@@ -94,10 +94,9 @@ def test_a_gpu_takes_two_bytes_as_the_file_has_them() -> None:
     assert planned(gpus(24_000), facts(config(stored="float16"))).extra["dtype"] == "f16"
 
 
-def test_ranks_on_a_cpu_share_its_memory_and_its_threads_and_are_told_one_by_one() -> None:
+def test_ranks_on_a_cpu_share_its_memory_and_are_told_one_by_one() -> None:
     one, two = planned(cpu()), planned(cpu(), tensor_parallel=2)
     assert two.extra["devices"] == ["cpu", "cpu"]
-    assert (one.extra["threads"], two.extra["threads"]) == (4, 2)
     assert two.device_indices == (0,)
     assert [rank.rank for rank in two.estimate.ranks] == [0, 1]
     (need,) = two.estimate.devices

@@ -78,7 +78,7 @@ def plan(request: LoadRequest, files: ModelFiles, facts: ModelFacts, devices: Se
             "chunk": options.chunk,
             "kv_tokens": fit.kv_tokens,
             "dtype": options.dtype,
-            "threads": max(1, options.threads // len(fit.needs)),
+            "threads": options.threads,
             "devices": ["cpu" if d.kind == "cpu" else f"{d.kind}:{d.index}" for d in fit.layout.devices],
             "device_indices": [device.index for device in fit.layout.devices],
             "weights": None if fit.layout.weights is None else list(fit.layout.weights),
