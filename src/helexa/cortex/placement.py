@@ -224,13 +224,10 @@ def _need(node: NodeView, wanted: Wanted) -> Need | None:
     return wanted.need_on.get(node.name, wanted.need)
 
 
-def _is_plain(wanted: Wanted) -> bool:
+def _is_plain(node: NodeView, wanted: Wanted) -> bool:
     """It has no wishes for its devices."""
     return (
-        wanted.devices is None
-        and wanted.min_devices <= 1
-        and wanted.tensor_parallel <= 1
-        and not wanted.min_device_vram_mb
+        wanted.devices is None and wanted.min_devices <= 1 and node.ranks(wanted) <= 1 and not wanted.min_device_vram_mb
     )
 
 
@@ -238,7 +235,7 @@ def _seat(node: NodeView, wanted: Wanted, freed: Mapping[int, int]) -> _Seat | N
     """Where it would sit if so much more were free, by device."""
     # HOT, once per node of the fleet: what has no wishes for its devices, and is not spread, is settled here.
     need = wanted.need_on.get(node.name, wanted.need)
-    plain = wanted.devices is None and wanted.min_devices <= 1 and wanted.tensor_parallel <= 1
+    plain = wanted.devices is None and wanted.min_devices <= 1 and (wanted.tensor_parallel <= 1 or node.on_cpu)
     if plain and not wanted.min_device_vram_mb and need is not None:  # _is_plain, without the call
         whole, best, least, in_all, is_one_enough = need.total_mb, -1, -1, 0, False
         for d in node.devices:
@@ -286,7 +283,7 @@ def _seat_in(node: NodeView, wanted: Wanted, rooms: list[tuple[int, int]]) -> _S
     if need is None:
         return None
     whole, count = need.total_mb, len(rooms)
-    ranks = wanted.tensor_parallel
+    ranks = node.ranks(wanted)
     least = max(wanted.min_devices, ranks, 1)
     if count < least:
         return None
@@ -366,7 +363,7 @@ def why_not(node: NodeView, wanted: Wanted, policy: Policy, now: float, *, drain
 
 def _too_small(node: NodeView, wanted: Wanted, need: Need) -> Reason | None:
     usable = _usable(node, wanted)
-    if _is_plain(wanted) and len(usable) == len(node.devices):  # most are, and then it is a matter of sums
+    if _is_plain(node, wanted) and len(usable) == len(node.devices):  # most are, and then it is a matter of sums
         if sum([d.empty_mb for d in usable]) >= need.total_mb:
             return None
         fits_alone = sum([d.total_mb or 0 for d in usable]) >= need.total_mb
@@ -374,7 +371,7 @@ def _too_small(node: NodeView, wanted: Wanted, need: Need) -> Reason | None:
     if _seat_in(node, wanted, [(d.empty_mb, d.index) for d in usable]) is not None:
         return None
     devices = [d for d in node.devices if d.total_mb is not None]
-    least = max(wanted.min_devices, wanted.tensor_parallel)
+    least = max(wanted.min_devices, node.ranks(wanted))
     if wanted.devices is not None and len(wanted.devices) < least:
         return Reason(node.name, Bar.NEVER, f"the profile names {len(wanted.devices)} devices, and asks for {least}")
     count = f"{len(devices)} device" + ("s" if len(devices) != 1 else "")

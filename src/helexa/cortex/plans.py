@@ -51,6 +51,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     """One node. Made anew when something on it changes, not for each plan; Structs for the reason `Resident` gives.
 
     load_mb_s: how fast it loads, by what it loaded so far; busy_s: what its loads under way still take
+    on_cpu:    its only device is its processor, whose memory any number of ranks share
     """
 
     name: str
@@ -59,6 +60,11 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     state: NodeState = "up"
     load_mb_s: float | None = None
     busy_s: float = 0.0
+    on_cpu: bool = False
+
+    def ranks(self, wanted: Wanted) -> int:
+        """On how many devices of this node it has to be split."""
+        return 1 if self.on_cpu else wanted.tensor_parallel
 
 
 @dataclass(frozen=True, slots=True)

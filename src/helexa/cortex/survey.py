@@ -119,7 +119,9 @@ class Survey:
                 devices.append(
                     DeviceView(index=d.index, total_mb=d.total_mb, free_mb=free, strangers_mb=d.strangers_mb)
                 )
-            later.append(NodeView(name=view.name, devices=devices, residents=stays, state=view.state))
+            later.append(
+                NodeView(name=view.name, devices=devices, residents=stays, state=view.state, on_cpu=view.on_cpu)
+            )
         return later
 
     # what happened
@@ -156,7 +158,14 @@ class Survey:
             for model_id, info in node.models.items()
             if info.parsed_status in _HOLDING or (info.parsed_status is None and info.vram_used_mb)
         ]
-        return NodeView(name=node.name, devices=self._devices(node, residents), residents=residents, state=node.state)
+        found = node.discovery.devices if node.discovery is not None else []
+        return NodeView(
+            name=node.name,
+            devices=self._devices(node, residents),
+            residents=residents,
+            state=node.state,
+            on_cpu=bool(found) and all(device.kind == "cpu" for device in found),
+        )
 
     def _devices(self, node: Node, residents: list[Resident]) -> list[DeviceView]:
         sizes = {d.index: d.vram_total_mb for d in node.discovery.devices} if node.discovery is not None else {}

@@ -70,6 +70,13 @@ def test_tensor_parallel_takes_equal_parts() -> None:
     assert refused([uneven], wanted(9_000, tensor_parallel=3)).reasons[0].text == "2 devices, and m asks for 3"
 
 
+def test_ranks_share_the_memory_of_a_node_that_has_only_its_processor() -> None:
+    laptop = node("laptop", device(0, 16_000, 9_000), on_cpu=True)
+    found = planned([laptop], wanted(8_000, tensor_parallel=2))
+    assert (found.devices, found.parts_mb) == ((0,), (8_000,))
+    assert "MB free" in refused([laptop], wanted(10_000, tensor_parallel=2)).reasons[0].text
+
+
 def test_devices_and_shares_of_the_profile_are_kept_to() -> None:
     n = node("n", device(0, 24_000, 24_000), device(1, 24_000, 24_000), device(2, 24_000, 24_000))
     found = planned([n], wanted(9_000, devices=[2, 0], shares=[2.0, 1.0]))
