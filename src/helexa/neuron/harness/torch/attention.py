@@ -76,9 +76,10 @@ def attend(
     written to the slabs. Returns [n, queries * head_dim]."""
     kv, group = len(heads.kv), heads.per_kv
     width = heads.queries * head_dim
-    out = None
+    alone = len(plans) == 1 and plans[0].count == qkv.shape[0]
+    out = None if alone else qkv.new_zeros(qkv.shape[0], width)
     for plan in plans:
-        mine = qkv if len(plans) == 1 else qkv.narrow(0, plan.begin, plan.count)
+        mine = qkv if alone else qkv.narrow(0, plan.begin, plan.count)
         count = plan.count
         plan.views.write[layer].copy_(mine[:, width:].view(count, 2, kv, head_dim).permute(1, 2, 0, 3))
         seen = plan.seen[window]
@@ -99,10 +100,8 @@ def attend(
                 scale=scale,
             )
             got = got.permute(2, 0, 1, 3).reshape(count, width)
-        if len(plans) == 1:
-            return got
         if out is None:
-            out = qkv.new_empty(qkv.shape[0], width)
+            return got
         out[plan.begin : plan.begin + count] = got
     assert out is not None
     return out

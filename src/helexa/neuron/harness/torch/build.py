@@ -10,7 +10,7 @@ from helexa.neuron.harness.torch.config import ModelConfig, heads_of
 from helexa.neuron.harness.torch.decoder import Block, Decoder, Summer
 from helexa.neuron.harness.torch.experts import Mlp, RoutedMlp
 from helexa.neuron.harness.torch.layout import expert_names, router_name
-from helexa.neuron.harness.torch.linear import Dense, Linear
+from helexa.neuron.harness.torch.linear import Linear, make_linear
 from helexa.neuron.harness.torch.rope import paired
 from helexa.neuron.harness.torch.weights import Weights
 from helexa.neuron.tp.partition import Share
@@ -112,7 +112,7 @@ class _Builder:
         return self._linear(self._held(f"{name}.weight"), bias)
 
     def _linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-        return Dense(weight, bias)
+        return make_linear(weight, bias)
 
     def _norm(self, name: str) -> torch.Tensor:
         return self._weights.read(name).to(self._device, torch.float32) + self._config.norm_offset

@@ -73,7 +73,8 @@ class Decoder:
     def hidden(
         self, tokens: torch.Tensor, positions: torch.Tensor, highest: int, plans: Sequence[RowPlan]
     ) -> torch.Tensor:
-        """tokens, positions: [n] int64. The residual stream after the last layer, [n, hidden] float32."""
+        """HOT: a step is this. tokens, positions: [n] int64; those beyond the plans' rows are computed without
+        attention, for nothing. The residual stream after the last layer, [n, hidden] float32."""
         config = self._config
         x = self._embed(tokens)
         cis = [turns.at(positions, highest) for turns in self._turns]
@@ -90,10 +91,10 @@ class Decoder:
         """The last norm."""
         return F.rms_norm(x, (self._config.hidden,), self._norm, self._config.eps)
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor | None:
-        """x: what `final` gave. [n, vocabulary] float32 on rank 0, None elsewhere."""
+    def logits(self, x: torch.Tensor, count: int) -> torch.Tensor | None:
+        """x: what `final` gave. Of its first rows: [count, vocabulary] float32 on rank 0, None elsewhere."""
         assert self._head is not None, "an embedding model has no head"
-        mine = self._head(x.to(self._dtype)).float()
+        mine = self._head(x.to(self._dtype))[:count].float()
         if self._summer is None:
             return mine
         parts = self._summer.gather(mine)
@@ -134,14 +135,15 @@ class Decoder:
     def _joined(
         self, x: torch.Tensor, part: Linear | Mlp | RoutedMlp, h: torch.Tensor, norm: torch.Tensor | None
     ) -> torch.Tensor:
-        """x and what the part makes of h, over all ranks. x may be written over."""
-        if norm is None and (self._summer is None or self._summer.rank == 0):
-            part.add_to(x, h)
-            if self._summer is not None:
-                self._summer.all_reduce(x)
-            return x
-        y = torch.zeros_like(x)
-        part.add_to(y, h)
-        if self._summer is not None:
-            self._summer.all_reduce(y)
-        return y if norm is None else x.add_(F.rms_norm(y, (x.shape[1],), norm, self._config.eps))
+        """x and what the part makes of h, over all ranks."""
+        summer = self._summer
+        if norm is None:
+            y = part(h, x if summer is None or summer.rank == 0 else None)
+            if summer is not None:
+                y = y.float()
+                summer.all_reduce(y)
+            return y
+        y = part(h).float()
+        if summer is not None:
+            summer.all_reduce(y)
+        return x + F.rms_norm(y, (x.shape[1],), norm, self._config.eps)

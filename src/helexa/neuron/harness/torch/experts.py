@@ -1,4 +1,4 @@
-"""MLPs, dense or routed to experts. Each adds its output to the residual; sums over ranks are the decoder's."""
+"""MLPs, dense or routed to experts; called as a linear layer is. Sums over ranks are the decoder's."""
 
 from __future__ import annotations
 
@@ -24,11 +24,8 @@ class Mlp:
         gate = F.gelu(gate, approximate="tanh") if self._gelu else F.silu(gate)
         return gate.mul_(up)
 
-    def add_to(self, into: torch.Tensor, x: torch.Tensor) -> None:
-        self._down.add_to(into, self.inner(x))
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._down(self.inner(x))
+    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        return self._down(self.inner(x), plus)
 
 
 class RoutedMlp:
@@ -37,7 +34,9 @@ class RoutedMlp:
     def __init__(self, config: Experts, router: torch.Tensor, experts: Mapping[int, Mlp]) -> None:
         self._config, self._router, self._experts = config, router, experts
 
-    def add_to(self, into: torch.Tensor, x: torch.Tensor) -> None:
+    def __call__(self, x: torch.Tensor, plus: torch.Tensor | None = None) -> torch.Tensor:
+        """float32, whatever x is."""
+        into = torch.zeros_like(x, dtype=torch.float32) if plus is None else plus.clone()
         scores = F.linear(x, self._router).float().softmax(dim=-1)
         weights, chosen = scores.topk(self._config.per_token, dim=-1)
         if self._config.renormalised:
@@ -48,4 +47,5 @@ class RoutedMlp:
                 continue
             tokens, place = (chosen == number).nonzero(as_tuple=True)
             got = expert(x.index_select(0, tokens)) * weights[tokens, place].unsqueeze(1)
-            into.index_add_(0, tokens, got.to(into.dtype))
+            into.index_add_(0, tokens, got.float())
+        return into

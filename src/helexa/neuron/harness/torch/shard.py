@@ -16,6 +16,7 @@ from helexa.neuron.harness.torch.config import ModelConfig, heads_of
 from helexa.neuron.harness.torch.decoder import Decoder
 from helexa.neuron.harness.torch.families import read_config
 from helexa.neuron.harness.torch.kv import Slabs
+from helexa.neuron.harness.torch.linear import LEAST_ROWS, packs
 from helexa.neuron.harness.torch.step import Row, Step, StepFailed
 from helexa.neuron.harness.torch.weights import open_weights
 from helexa.neuron.tp.collective import Collective
@@ -76,6 +77,9 @@ class Shard:
         self._slabs = Slabs(
             len(config.layers), len(heads_of(config, share).kv), config.head_dim, self._dtype, self._device
         )
+        # Rows that nobody asked for are added up to this many, where that is faster.
+        pads = spec.device == "cpu" and spec.dtype == "f32" and config.experts is None and packs(torch.float32)
+        self._least_rows = LEAST_ROWS if pads else 1
         self._windows = tuple(dict.fromkeys(layer.window for layer in config.layers))
 
     def step(self, step: Step) -> torch.Tensor | None:
@@ -94,19 +98,25 @@ class Shard:
                 slabs.reserve(row.slab, row.start, row.start + len(row.tokens), row.room)
             if not rows:
                 return None
-            tokens = torch.tensor([token for row in rows for token in row.tokens], device=device)
+            ids = [token for row in rows for token in row.tokens]
             places = [place for row in rows for place in range(row.start, row.start + len(row.tokens))]
+            short = self._least_rows - len(ids)
+            ids += ids[:1] * short
+            places += places[:1] * short
             plans = plan_rows(rows, self._windows, slabs, self._dtype)
-            x = decoder.hidden(tokens, torch.tensor(places, device=device), max(places), plans)
+            x = decoder.hidden(
+                torch.tensor(ids, device=device), torch.tensor(places, device=device), max(places), plans
+            )
             wanted = _wanted(rows)
             if not wanted:
                 return None
-            if len(wanted) < len(places):
-                x = x.index_select(0, torch.tensor(wanted, device=device))
+            chosen = wanted + wanted[:1] * (self._least_rows - len(wanted))
+            if chosen != list(range(len(places))):
+                x = x.index_select(0, torch.tensor(chosen, device=device))
             x = decoder.final(x)
             if step.hidden:
-                return x if self._rank == 0 else None
-            return decoder.logits(x)
+                return x[: len(wanted)] if self._rank == 0 else None
+            return decoder.logits(x, len(wanted))
 
     def close(self) -> None:
         """Its memory goes with the last reference to a tensor of its. Never raises."""
