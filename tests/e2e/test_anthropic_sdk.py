@@ -10,14 +10,10 @@ from typing import Any
 import anthropic
 import pytest
 from tests.helpers.aio import run
-from tests.helpers.gateway import cortex_process
-from tests.helpers.models import smollm2
-from tests.helpers.neuron_daemon import Daemon, neuron
+from tests.helpers.neuron_daemon import Daemon
+from tests.helpers.published import checked
+from tests.helpers.sites import CONTEXT, MODEL, served
 
-MODEL = "smollm2"
-CONTEXT = 1024
-PROFILE = {"model_id": MODEL, "context": CONTEXT, "slots": 2, "threads": 1}
-ALIASES = f'[[models]]\nid = "{MODEL}"\n[aliases]\n"claude-haiku" = "{MODEL}"\n'
 WEATHER: Any = {
     "name": "get_weather",
     "description": "The weather at a place.",
@@ -46,7 +42,9 @@ class Site:
 
     @property
     def client(self) -> anthropic.Anthropic:
-        return anthropic.Anthropic(base_url=self.gateway.url, api_key="none", max_retries=0)
+        """All that it gets is held to Anthropic's own description."""
+        http = anthropic.DefaultHttpxClient(transport=checked("anthropic", anthropic.DefaultHttpxClient))
+        return anthropic.Anthropic(base_url=self.gateway.url, api_key="none", max_retries=0, http_client=http)
 
     @property
     def async_client(self) -> anthropic.AsyncAnthropic:
@@ -55,13 +53,8 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("anthropic")
-    (folder / "node").mkdir()
-    with neuron(folder / "node") as node:
-        loaded = node.http.post("/models/load?wait=true", json={**PROFILE, "source": str(smollm2())})
-        assert loaded.status == 200, loaded.text
-        with cortex_process(folder, {"one": node.url}, models=ALIASES) as gateway:
-            yield Site(gateway, node)
+    with served(tmp_path_factory.mktemp("anthropic"), f'"claude-haiku" = "{MODEL}"') as (gateway, node):
+        yield Site(gateway, node)
 
 
 def test_a_whole_answer(site: Site) -> None:

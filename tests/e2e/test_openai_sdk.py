@@ -12,10 +12,11 @@ from typing import Any
 
 import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI, DefaultHttpxClient, OpenAI
 from tests.helpers.gateway import PATIENT, cortex_process
 from tests.helpers.models import gemma, smollm2
 from tests.helpers.neuron_daemon import Daemon, neuron
+from tests.helpers.published import checked
 
 ASK: dict[str, Any] = {
     "model": "small",  # the alias: it need not be rewritten anywhere on the way
@@ -100,7 +101,8 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         cortex_process(folder, {"local": node.url}, toml=PATIENT, models=models) as gateway,
     ):
         gateway.wait_for(event="node is up")
-        with OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        http = DefaultHttpxClient(transport=checked("openai", DefaultHttpxClient), timeout=120)
+        with OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, http_client=http) as client:
             yield Site(node, gateway, client)
 
 

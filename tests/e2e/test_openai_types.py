@@ -18,6 +18,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tests.helpers.gateway import cortex_process
 from tests.helpers.models import smollm2
 from tests.helpers.neuron_daemon import neuron
+from tests.helpers.published import checked, published
 from tests.helpers.strictly import strictly
 from tests.helpers.tiny_gguf import embedding_model, rerank_model
 
@@ -134,8 +135,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     models = MODELS.format(smollm2=smollm2(), folder=folder)
     with neuron(folder / "node") as node, cortex_process(folder, {"one": node.url}, models=models) as gateway:
         gateway.wait_for(event="node is up")
-        with httpx.Client(base_url=gateway.url, timeout=120) as client:
+        with httpx.Client(base_url=gateway.url, timeout=120, transport=checked("openai", httpx.Client)) as client:
             yield client
+
+
+def test_the_published_description_is_there() -> None:
+    """Where it is, everything that these tests and those of the SDKs get is held to it too."""
+    published("openai")
 
 
 def post(site: httpx.Client, path: str, body: dict[str, Any]) -> httpx.Response:

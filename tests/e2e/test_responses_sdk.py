@@ -11,14 +11,10 @@ import openai
 import pytest
 from pydantic import BaseModel
 from tests.helpers.aio import run
-from tests.helpers.gateway import cortex_process
-from tests.helpers.models import smollm2
-from tests.helpers.neuron_daemon import Daemon, neuron
+from tests.helpers.neuron_daemon import Daemon
+from tests.helpers.published import checked
+from tests.helpers.sites import CONTEXT, MODEL, served
 
-MODEL = "smollm2"
-CONTEXT = 1024
-PROFILE = {"model_id": MODEL, "context": CONTEXT, "slots": 2, "threads": 1}
-MODELS = f'[[models]]\nid = "{MODEL}"\n[aliases]\n"gpt-small" = "{MODEL}"\n'
 WEATHER: Any = {
     "type": "function",
     "name": "get_weather",
@@ -49,7 +45,9 @@ class Site:
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.gateway.url}/v1", api_key="none", max_retries=0)
+        """All that it gets is held to OpenAI's own description."""
+        http = openai.DefaultHttpxClient(transport=checked("openai", openai.DefaultHttpxClient))
+        return openai.OpenAI(base_url=f"{self.gateway.url}/v1", api_key="none", max_retries=0, http_client=http)
 
     @property
     def async_client(self) -> openai.AsyncOpenAI:
@@ -58,13 +56,8 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("responses")
-    (folder / "node").mkdir()
-    with neuron(folder / "node") as node:
-        loaded = node.http.post("/models/load?wait=true", json={**PROFILE, "source": str(smollm2())})
-        assert loaded.status == 200, loaded.text
-        with cortex_process(folder, {"one": node.url}, models=MODELS) as gateway:
-            yield Site(gateway, node)
+    with served(tmp_path_factory.mktemp("responses"), f'"gpt-small" = "{MODEL}"') as (gateway, node):
+        yield Site(gateway, node)
 
 
 def test_a_whole_answer(site: Site) -> None:

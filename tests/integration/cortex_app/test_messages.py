@@ -13,6 +13,7 @@ import pytest
 from tests.helpers.aio import run
 from tests.helpers.fake_neuron import neurons
 from tests.helpers.gateway import SETTINGS, Gateway, cortex
+from tests.helpers.published import check_event
 from tests.helpers.serving_neuron import WORDS, ServingNeuron
 
 from helexa.core import sse
@@ -43,7 +44,10 @@ async def streamed(gateway: Gateway, **fields: Any) -> tuple[int, list[dict[str,
             events += reader.feed(part)
     for event in events:
         assert event.name is not None, "every event has its name"
-    return answer.status, [msgspec.json.decode(event.data) for event in events]
+    told = [msgspec.json.decode(event.data) for event in events]
+    for data in told:
+        check_event("anthropic", "/v1/messages", data)
+    return answer.status, told
 
 
 def kinds(events: list[dict[str, Any]]) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 from tests.helpers.aio import run
 from tests.helpers.fake_neuron import neurons
 from tests.helpers.gateway import SETTINGS, Gateway, cortex
+from tests.helpers.published import check_answer, check_event
 from tests.helpers.serving_neuron import WORDS, ServingNeuron
 
 from helexa.core import sse
@@ -40,6 +41,7 @@ async def asked(gateway: Gateway, *, headers: dict[str, str] | None = None, **fi
     answer = await gateway.post("/v1/responses", asking(**fields), headers=headers)
     assert answer.status == 200, answer.body
     found: dict[str, Any] = answer.json()
+    check_answer("openai", "/v1/responses", found)
     return found
 
 
@@ -52,7 +54,10 @@ async def streamed(gateway: Gateway, **fields: Any) -> tuple[int, list[dict[str,
     events = [event for event in events if not event.comment]
     for event in events:
         assert event.name is not None, "every event has its name"
-    return answer.status, [msgspec.json.decode(event.data) for event in events]
+    told = [msgspec.json.decode(event.data) for event in events]
+    for data in told:
+        check_event("openai", "/v1/responses", data)
+    return answer.status, told
 
 
 def test_a_node_is_asked_for_a_stream_of_its_own_dialect_whatever_the_client_wants(tmp_path: Path) -> None:

@@ -243,9 +243,7 @@ class _Translator:
             "metadata": asked.metadata or {},
             "parallel_tool_calls": parallel if parallel is not None else True,
             "previous_response_id": asked.previous_response_id,
-            "prompt_cache_key": asked.prompt_cache_key,
             "reasoning": _one_line(sent.reasoning, b'{"effort":null,"summary":null}'),
-            "safety_identifier": asked.safety_identifier,
             "service_tier": "default",
             "store": asked.store is not False,
             "temperature": asked.temperature,
@@ -257,8 +255,9 @@ class _Translator:
             "truncation": "disabled",
             "background": False,
         }
-        if asked.user is not None:  # OpenAI's description has no null here
-            members["user"] = asked.user
+        for name in ("prompt_cache_key", "safety_identifier", "user"):
+            if (value := getattr(asked, name)) is not None:  # OpenAI's description has no null here
+                members[name] = value
         return _encode(members)[1:-1]
 
 

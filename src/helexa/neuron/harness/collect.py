@@ -42,7 +42,7 @@ class _Choice:
         self._reasoning: list[str] = []
         self._calls: dict[int, dict[str, Any]] = {}
         self._rest: dict[str, Any] = {"finish_reason": None, "stop_reason": None}
-        self._logprobs: dict[str, list[Any]] | None = None
+        self._logprobs: dict[str, list[Any] | None] | None = None
 
     def add(self, choice: dict[str, Any]) -> None:
         for key, value in choice.items():
@@ -71,22 +71,24 @@ class _Choice:
                 call["function"]["name"] = function["name"]
             call.update({k: v for k, v in part.items() if k not in ("index", "function")})
 
-    def _add_logprobs(self, logprobs: dict[str, list[Any]] | None) -> None:
+    def _add_logprobs(self, logprobs: dict[str, list[Any] | None] | None) -> None:
         """Of a chat {"content": [...]}; of a completion four lists side by side. Either way lists that grow."""
         for name, items in (logprobs or {}).items():
             self._logprobs = self._logprobs or {}
-            self._logprobs.setdefault(name, []).extend(items)
+            known = self._logprobs.setdefault(name, None)
+            if items is not None:
+                if known is None:
+                    known = self._logprobs[name] = []
+                known.extend(items)
 
     def whole(self, index: int) -> dict[str, Any]:
         text = "".join(self._text)
         if not self._is_chat:
             return {"text": text, "index": index, "logprobs": self._logprobs, **self._rest}
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not self._calls else None}
+        message["refusal"] = None  # OpenAI's description requires it, as it does logprobs
         if self._reasoning:
             message["reasoning_content"] = "".join(self._reasoning)
         if self._calls:
             message["tool_calls"] = [self._calls[i] for i in sorted(self._calls)]
-        whole: dict[str, Any] = {"index": index, "message": message, **self._rest}
-        if self._logprobs is not None:
-            whole["logprobs"] = self._logprobs
-        return whole
+        return {"index": index, "message": message, "logprobs": self._logprobs, **self._rest}

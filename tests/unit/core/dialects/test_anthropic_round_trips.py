@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jiter import from_json
 from pydantic import TypeAdapter
 from tests.helpers.anthropic_conversations import OBJECT, Streamed, answers, conversations
+from tests.helpers.published import published
 
 from helexa.core import sse
 from helexa.core.dialects.anthropic_request import translate
@@ -76,6 +77,15 @@ def test_the_whole_answer_is_strictly_of_the_sdk_s_type(answer: Streamed) -> Non
     parsed = Message.model_validate_json(json.dumps(data), strict=True)
     assert parsed.model_dump(mode="json", exclude_unset=True) == data
     assert not parsed.model_extra
+
+
+@settings(deadline=None)  # the description is read with the first
+@given(answers())
+def test_all_that_is_sent_is_as_its_vendor_publishes_it(answer: Streamed) -> None:
+    description = published("anthropic")
+    description.answer_holds("POST", "/v1/messages", 200, whole(answer.data))
+    for data in events(streamed(answer.data)):
+        description.event_holds("/v1/messages", data)
 
 
 @given(answers())

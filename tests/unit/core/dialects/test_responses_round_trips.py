@@ -14,6 +14,7 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseItem, ResponseStreamEvent
 from pydantic import TypeAdapter
 from tests.helpers.anthropic_conversations import Streamed, answers
+from tests.helpers.published import published
 from tests.helpers.responses_conversations import conversations
 
 from helexa.core import sse
@@ -94,6 +95,15 @@ def test_the_whole_answer_is_strictly_of_the_sdk_s_type(answer: Streamed, form: 
     data = whole(answer.data, **form)
     assert data.pop("store") is True
     strictly(data, TypeAdapter(Response))
+
+
+@settings(deadline=None)  # the description is read with the first
+@given(answers(), FORMS)
+def test_all_that_is_sent_is_as_its_vendor_publishes_it(answer: Streamed, form: dict[str, bool]) -> None:
+    description = published("openai")
+    description.answer_holds("POST", "/v1/responses", 200, whole(answer.data, **form))
+    for data in events(streamed(answer.data, **form)):
+        description.event_holds("/v1/responses", data)
 
 
 @given(answers(), FORMS)

@@ -220,6 +220,7 @@ def test_reasoning_tokens_are_what_was_generated_at_the_last_thought() -> None:
     assert answer["choices"][0]["message"] == {
         "role": "assistant",
         "content": "Yes.",
+        "refusal": None,
         "reasoning_content": "Let me see.",
     }
     events = streamed({"messages": MESSAGES}, THOUGHTS, abilities=("chat", "reasoning"))

@@ -85,7 +85,7 @@ def test_a_call_that_was_cut_short_says_so() -> None:
 
 def test_a_forced_call_cut_before_its_name_shows_nothing() -> None:
     choice = answer(['{"name": "ad'], must=True, finish="length")
-    assert choice["message"] == {"role": "assistant", "content": ""}
+    assert choice["message"] == {"role": "assistant", "content": "", "refusal": None}
 
 
 def test_what_follows_the_arguments_is_no_part_of_them() -> None:

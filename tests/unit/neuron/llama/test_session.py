@@ -281,7 +281,10 @@ def test_nothing_is_ever_put_into_a_prompt_without_tools() -> None:
 def test_log_probabilities_without_alternatives_are_asked_with_one() -> None:
     assert sent(session().prepare(exchange({"messages": MESSAGES, "logprobs": True})))["top_logprobs"] == 1
     body = {"messages": MESSAGES, "logprobs": True, "top_logprobs": 3}
-    assert session().prepare(exchange(body | {"stream": True})).mend is None
+    mend = session().prepare(exchange(body | {"stream": True})).mend
+    assert mend is not None
+    event = b'data: {"choices":[{"index":0,"delta":{"content":"x"},"logprobs":{"content":[]}}]}\n\n'
+    assert b'"refusal":null' in mend.feed(event)  # as OpenAI's description has it
 
 
 class Tokenizer(Upstream):

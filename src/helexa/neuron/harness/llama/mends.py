@@ -247,14 +247,19 @@ class Reasoning:
 
 
 class TopLogprobs:
-    """Chat log-probabilities with exactly `top` alternatives: the engine cannot give none, and by default gives 20."""
+    """Chat log-probabilities with exactly `top` alternatives: the engine cannot give none, and by default gives 20.
+    Beside them the null for those of a refusal, which OpenAI's description requires and the engine leaves out."""
 
     def __init__(self, top: int) -> None:
         self._top = top
 
     def chunk(self, chunk: Chunk) -> Sequence[Chunk]:
         for choice in chunk.get("choices") or ():
-            for token in (choice.get("logprobs") or {}).get("content") or ():
+            told = choice.get("logprobs")
+            if not told:
+                continue
+            told.setdefault("refusal", None)
+            for token in told.get("content") or ():
                 token["top_logprobs"] = token.get("top_logprobs", [])[: self._top]
         return [chunk]
 

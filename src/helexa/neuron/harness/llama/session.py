@@ -141,9 +141,10 @@ class LlamaSession:
         if asked.forced_tool or (asked.tools and (asked.wants_json or "tools" not in self._abilities)):
             more, steps = self._tools(asked)
             values |= more
-        if asked.logprobs and not asked.top_logprobs:
-            values["top_logprobs"] = b"1"  # with 0 the engine gives no log-probabilities at all, without it 20 each
-            steps.append(TopLogprobs(0))
+        if asked.logprobs:
+            if not asked.top_logprobs:  # with 0 the engine gives no log-probabilities at all, without it 20 each
+                values["top_logprobs"] = b"1"
+            steps.append(TopLogprobs(asked.top_logprobs or 0))
         return self._mended(exchange, asked, values, steps, prompts=1)
 
     def _tools(self, asked: fields.ChatRequest) -> tuple[dict[str, bytes], list[Step]]:
