@@ -21,7 +21,7 @@ from tests.helpers import models
 
 CACHE: Final = Path(os.environ.get("HELEXA_TEST_CACHE") or Path.home() / ".cache" / "helexa-tests")
 _SMOLLM2: Final = "smollm2-135m-instruct-f32-v1"  # another number for another content
-_RANDOM: Final = "random-v1"
+_RANDOM: Final = "random-v2"
 
 CHATML: Final = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -305,7 +305,7 @@ def _write_random(folder: Path, family: str) -> None:
         model.eval().save_pretrained(folder)
     tokens = ["<unk>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", *_byte_letters()]
     merges = []
-    for pair in ("t h", "th e", "i n", "a n", "Ġ t", "Ġt he", "Ġ a", "e r"):
+    for pair in ("t h", "th e", "i n", "a n", "Ġ t", "Ġt h", "Ġth e", "Ġ a", "e r"):
         merges.append(pair)
         tokens.append(pair.replace(" ", ""))
     _write_tokenizer(folder, tokens, [0, 1, 2, 3], merges, CHATML, unknown="<unk>")
