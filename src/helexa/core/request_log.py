@@ -14,14 +14,14 @@ from helexa.core.relay.contract import Exchange
 FLUSH_AT: Final = 256  # lines: about half a millisecond of formatting at once, however busy the second
 CLIENT_GONE: Final = 499  # nginx's number, which dashboards know
 
-_json = msgspec.json.Encoder().encode
+_encoder = msgspec.json.Encoder()
+_json, _json_of_all = _encoder.encode, _encoder.encode_lines
 
 
-class Line(msgspec.Struct, omit_defaults=True, kw_only=True):
+class Line(msgspec.Struct, omit_defaults=True, kw_only=True, tag_field="event", tag="request", gc=False):
     """What is known of a request, in the order it is read; what is unknown is left out. A Struct, since msgspec
     writes one four times as fast as a dictionary."""
 
-    event: str
     level: str
     timestamp: str
     request_id: str
@@ -50,7 +50,7 @@ class RequestLog:
 
     def __init__(self, write: Callable[[str], object], *, as_json: bool, now: Callable[[], float]) -> None:
         self._write = write
-        self._form = _json_line if as_json else _text_line
+        self._form = _json_lines if as_json else _text_lines
         self._now = now
         self._ended: list[Exchange] = []
 
@@ -68,14 +68,12 @@ class RequestLog:
             return
         self._ended = []
         stamp = datetime.fromtimestamp(self._now(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        form = self._form
-        self._write("".join([form(line_of(exchange, stamp)) for exchange in ended]))
+        self._write(self._form([line_of(exchange, stamp) for exchange in ended]))
 
 
 def line_of(exchange: Exchange, stamp: str) -> Line:
     start, error, usage = exchange.t_start, exchange.error, exchange.usage
     line = Line(
-        event="request",
         level="info",
         timestamp=stamp,
         request_id=exchange.request_id,
@@ -85,10 +83,10 @@ def line_of(exchange: Exchange, stamp: str) -> Line:
         node=exchange.node,
         status=outcome(exchange),
         stream=exchange.stream,
-        seconds=round(exchange.t_end - start, 4),
+        seconds=_rounded(exchange.t_end - start),
     )
     if exchange.t_first_token:
-        line.first_token_s = round(exchange.t_first_token - start, 4)
+        line.first_token_s = _rounded(exchange.t_first_token - start)
     if usage is not None:
         line.prompt_tokens = usage.prompt_tokens
         line.completion_tokens = usage.completion_tokens
@@ -128,8 +126,17 @@ def tokens_per_second(exchange: Exchange) -> float | None:
     return (usage.completion_tokens - 1) / took_s if took_s > 0 else None
 
 
-def _json_line(line: Line) -> str:
-    return _json(line).decode() + "\n"
+def _rounded(seconds: float) -> float:
+    """To four places. `round` goes by the decimal digits, exactly, and takes twice as long."""
+    return int(seconds * 1e4 + 0.5) / 1e4
+
+
+def _json_lines(lines: list[Line]) -> str:
+    return _json_of_all(lines).decode()
+
+
+def _text_lines(lines: list[Line]) -> str:
+    return "".join(map(_text_line, lines))
 
 
 def _text_line(line: Line) -> str:

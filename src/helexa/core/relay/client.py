@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _LINGER_S: Final = 2.0  # how long a refused upload is read and thrown away, so that its sender can read why
 _BODY_GRACE_S: Final = 10.0
+_CR: Final = 0x0D
+_ANTHROPIC: Final = Dialect.ANTHROPIC  # an attribute of an Enum class takes ten times as long (Python 3.11)
 _peek = msgspec.json.Decoder(Peek).decode
 
 
@@ -130,9 +132,10 @@ class ClientConnection(asyncio.Protocol):
             return
         if not self.head:
             if not self._raw:
-                data = data.lstrip(b"\r\n")  # RFC 9112, 2.2: an empty line before the request line
-                if not data:
-                    return
+                if data[0] <= _CR:  # RFC 9112, 2.2: an empty line before the request line
+                    data = data.lstrip(b"\r\n")
+                    if not data:
+                        return
                 self._t_head = monotonic()
                 self._deadline = self._t_head + self.server.timeouts.head_s
             self._raw = self._raw + data if self._raw else data
@@ -192,15 +195,18 @@ class ClientConnection(asyncio.Protocol):
         if self._pipelined or self._refusal is not None:
             return
         parser = self.parser
-        version = parser.get_http_version()
-        self.http11 = version == "1.1"
         self.keep = parser.should_keep_alive()  # valid only inside callbacks
-        end = self._raw.find(b"\r\n\r\n")
-        self.head = self._raw[: end + 4]
+        raw = self._raw
+        self.head = head = raw[: raw.find(b"\r\n\r\n") + 4]
         self._raw = b""
-        self._lower = self.head.lower()
-        self._rare = wire.has_rare(self._lower)
-        self._refusal = wire.refusal(self.head, self._lower, version, upgrade=parser.should_upgrade(), rare=self._rare)
+        end = head.find(b"\r\n")
+        # asked of llhttp, it is a string made anew
+        version = "1.1" if head[end - 9 : end] == b" HTTP/1.1" else parser.get_http_version()
+        self.http11 = version == "1.1"
+        self._lower = lower = head.lower()
+        noted = wire.noted(lower)
+        self._rare = noted != wire.PLAIN
+        self._refusal = wire.refusal(head, lower, version, upgrade=parser.should_upgrade(), noted=noted)
 
     def _await_body(self) -> None:
         """The head is here and the body is not, or not all of it: is it welcome?"""
@@ -240,8 +246,9 @@ class ClientConnection(asyncio.Protocol):
         self._parts = []
         given = wire.value_of(self.head, self._lower, b"x-request-id:") if self._rare else None
         request_id = given.decode() if given is not None and wire.good_request_id(given) else server.new_id()
-        path = target.partition(b"?")[0] if b"?" in target else target
-        endpoint = server.endpoints.get(path) if method == b"POST" else None
+        endpoint = None
+        if method == b"POST":
+            endpoint = server.endpoints.get(target) or server.endpoints.get(target.partition(b"?")[0])
         if endpoint is not None:
             self._relay(endpoint, body, request_id)
             return
@@ -311,7 +318,7 @@ class ClientConnection(asyncio.Protocol):
         """The header lines that every response of ours has, and the blank line."""
         rid = request_id.encode()
         lines = b"x-request-id: " + rid + b"\r\n" + self.server.date_line
-        if dialect is Dialect.ANTHROPIC:
+        if dialect is _ANTHROPIC:
             lines += b"request-id: " + rid + b"\r\n"
         if dialect is not None and self.server.cors_origins and b"\r\norigin:" in self._lower:
             lines += self._cors()

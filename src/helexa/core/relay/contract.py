@@ -29,7 +29,7 @@ class Endpoint:
     streams: bool = False  # a request that does not say whether it wants a stream wants one
 
 
-class Peek(msgspec.Struct):
+class Peek(msgspec.Struct, gc=False):
     """The only fields that routing needs; all else in the body stays bytes."""
 
     model: str | None = None
@@ -37,11 +37,11 @@ class Peek(msgspec.Struct):
     stream_options: StreamOptions | None = None
 
 
-class StreamOptions(msgspec.Struct):
+class StreamOptions(msgspec.Struct, gc=False):
     include_usage: bool | None = None
 
 
-class Usage(msgspec.Struct, frozen=True):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0

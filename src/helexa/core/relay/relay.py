@@ -53,6 +53,10 @@ class Phase(Enum):
     OVER = "over"
 
 
+# The members by names of our own: an attribute of an Enum class takes ten times as long (Python 3.11).
+_WAITING, _ASKED, _ERROR, _STREAM, _WHOLE, _OVER = Phase
+
+
 class Pair:
     """A client's exchange and the upstream connection that works for it, if any. Owner of that connection.
 
@@ -96,7 +100,7 @@ class Pair:
         self.write = client.write
         self.route: Route | None = None
         self.connection: Connection | None = None
-        self.phase = Phase.WAITING
+        self.phase = _WAITING
         self.attempts = 0
         self.committed = self.head_sent = False
         self._extra = extra  # header lines of the client's that go upstream
@@ -124,7 +128,7 @@ class Pair:
 
     def attempt(self) -> None:
         """Ask the director where to go, and go."""
-        self.phase = Phase.WAITING
+        self.phase = _WAITING
         self.attempts += 1
         self.exchange.error = None  # a failed attempt that another one makes good is no failed request
         try:
@@ -164,7 +168,7 @@ class Pair:
         self.fail(HelexaError(f"No place was found for {self.exchange.model}, by a fault of the gateway's: {err!r}"))
 
     def _reply(self, reply: Reply) -> None:
-        if self.phase is Phase.OVER:
+        if self.phase is _OVER:
             return
         if self.head_sent:  # heartbeats went out: their head said how the body is framed
             self._emit(reply.body)
@@ -178,7 +182,7 @@ class Pair:
     def _use(self, route: Route) -> None:
         self.route = route
         self.exchange.node = route.upstream.name
-        if self.phase is Phase.OVER:  # the client left in the very moment that the route came
+        if self.phase is _OVER:  # the client left in the very moment that the route came
             self._release()
             return
         connection = route.upstream.try_take()
@@ -202,7 +206,7 @@ class Pair:
             self._attempt_failed(UpstreamError(f"{upstream.name} cannot be reached: {reason}"))
         else:
             self._task = None
-            if self.phase is Phase.OVER:
+            if self.phase is _OVER:
                 connection.abort()
             else:
                 self._ask(connection)
@@ -215,7 +219,7 @@ class Pair:
         body = exchange.body if route.body is None else route.body
         self.connection = connection
         connection.owner = self
-        self.phase = Phase.ASKED
+        self.phase = _ASKED
         self._t_read = 0.0
         if self._paused_since:
             connection.transport.pause_reading()
@@ -256,11 +260,11 @@ class Pair:
         parts.clear()
         if part and not exchange.t_first_byte:
             exchange.t_first_byte = monotonic()
-        if self.phase is Phase.STREAM:
+        if self.phase is _STREAM:
             self._stream(connection, part, data)
-        elif self.phase is Phase.WHOLE:
+        elif self.phase is _WHOLE:
             self._whole(connection, data, part)
-        elif self.phase is Phase.ERROR:
+        elif self.phase is _ERROR:
             self._body.append(part)
             if connection.complete or sum(map(len, self._body)) > MAX_ERROR_BODY:
                 self._upstream_refused(connection)
@@ -300,9 +304,9 @@ class Pair:
         connection.framed = chunked or length is not None
         self._held_head = head if route.content_type is None else wire.with_content_type(head, route.content_type)
         if connection.status >= 400:
-            self.phase = Phase.ERROR
+            self.phase = _ERROR
         elif self.exchange.stream and kind.startswith(b"text/event-stream"):
-            self.phase = Phase.STREAM
+            self.phase = _STREAM
             cut = route.cut_usage and not self.exchange.wants_usage
             self._heed = scan.USAGE if cut else scan.FINISH if route.stop_reason else b""
             self._events = Events(
@@ -317,7 +321,7 @@ class Pair:
             connection.abort()
             self._attempt_failed(UpstreamError(f"{route.upstream.name} answered a stream request with no stream"))
         else:
-            self.phase = Phase.WHOLE
+            self.phase = _WHOLE
             self._raw_ok = self._mend is None and (length is not None or (chunked and self._chunked))
             if self._raw_ok:
                 self._held_head += (
@@ -440,7 +444,7 @@ class Pair:
     def _finish(self, *, raw_end: bool) -> None:
         """The answer is whole. raw_end: its end went out with the bytes."""
         exchange = self.exchange
-        if self.phase is Phase.WHOLE and not self._translates:
+        if self.phase is _WHOLE and not self._translates:
             tail = b"".join(self._tail)
             if exchange.endpoint.generates or b'"usage"' in tail:
                 scan.settle_whole(exchange, tail)
@@ -486,21 +490,21 @@ class Pair:
     def lost(self, exc: Exception | None) -> None:
         """The upstream's connection is gone before its answer was whole."""
         connection = self._let_go()
-        if connection is None or self.phase is Phase.OVER:
+        if connection is None or self.phase is _OVER:
             return
         route = self.route
         assert route is not None
         if connection.reused and not connection.head_raw and not connection.headers_done and not self._again:
             self._again = True  # kept alive by us, closed by it, just now: not a failure of the node
-            self.phase = Phase.WAITING
+            self.phase = _WAITING
             self._task = asyncio.get_running_loop().create_task(self._connect(route))
             return
         if exc is None and connection.ended_by_close():
             connection.complete = True
             self.connection = connection
-            if self.phase is Phase.STREAM:
+            if self.phase is _STREAM:
                 self._stream(connection, b"", b"")
-            elif self.phase is Phase.WHOLE:
+            elif self.phase is _WHOLE:
                 self._whole(connection, b"", b"")
             else:
                 self._upstream_refused(connection)
@@ -516,7 +520,7 @@ class Pair:
 
     def _attempt_failed(self, error: HelexaError) -> None:
         """Another attempt where nothing is committed, else the end in the dialect."""
-        if self.phase is Phase.OVER:
+        if self.phase is _OVER:
             return
         self._let_go()
         route = self.route
@@ -536,7 +540,7 @@ class Pair:
 
     def fail(self, error: HelexaError) -> None:
         """The end, told in the caller's dialect: as a body while that is possible, else as the last event."""
-        if self.phase is Phase.OVER:
+        if self.phase is _OVER:
             return
         exchange = self.exchange
         exchange.error = error
@@ -544,7 +548,7 @@ class Pair:
             exchange.status = self.client.respond_error(error, exchange.endpoint.dialect, exchange.request_id)
             self._over(keep=True)
             return
-        if self.phase is Phase.WHOLE:
+        if self.phase is _WHOLE:
             self.client.abort()  # no event fits, and no length can be taken back
             self._over(keep=False)
             return
@@ -565,7 +569,7 @@ class Pair:
 
     def client_gone(self) -> None:
         """The client left: its generation is cancelled with it."""
-        if self.phase is Phase.OVER:
+        if self.phase is _OVER:
             return
         exchange = self.exchange
         if self.connection is not None:
@@ -586,9 +590,9 @@ class Pair:
             self.director.released(self.exchange, route)
 
     def _over(self, *, keep: bool) -> None:
-        if self.phase is Phase.OVER:
+        if self.phase is _OVER:
             return
-        self.phase = Phase.OVER
+        self.phase = _OVER
         connection = self._let_go()
         if connection is not None:
             connection.abort()
@@ -650,7 +654,7 @@ class Pair:
         self._attempt_failed(UpstreamTimeout(message))
 
     def _heartbeat(self) -> None:
-        if self.phase in (Phase.WHOLE, Phase.ERROR, Phase.OVER):
+        if self.phase in (_WHOLE, _ERROR, _OVER):
             return
         if self._wrote:  # the upstream's own comment went through since the last sweep
             self._wrote = False
@@ -658,7 +662,7 @@ class Pair:
         dialect = self.exchange.endpoint.dialect
         if dialect is Dialect.OLLAMA:
             return
-        text = (self.director.progress(self.exchange) if self.phase is Phase.WAITING else None) or b""
+        text = (self.director.progress(self.exchange) if self.phase is _WAITING else None) or b""
         if self.exchange.heartbeat is not None:
             self._emit(self.exchange.heartbeat(text))
         else:
