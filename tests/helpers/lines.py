@@ -38,10 +38,10 @@ class Line:
     """One client, one relay, one upstream, no sockets."""
 
     def __init__(self, body: bytes = ASK, version: bytes = b"HTTP/1.1", turn: Turn | None = None, **route: Any) -> None:
-        upstream, self.connection, self.up = waiting_upstream(turn=turn)
+        upstream, self.connection, self.up = waiting_upstream()
         self.director = Recorder(upstream, **route)
         self.server = Server(director=self.director, endpoints=[CHAT])
-        self.client, self.wire = client_of(self.server)
+        self.client, self.wire = client_of(self.server, turn)
         self.client.data_received(request(body).replace(b"HTTP/1.1", version, 1))
 
     def hear(self, *pieces: bytes) -> None:

@@ -99,13 +99,6 @@ class Recorder:
         return self.stalled
 
 
-def client_of(server: Server) -> tuple[ClientConnection, Wire]:
-    wire = Wire()
-    client = ClientConnection(server)
-    client.connection_made(wire)
-    return client, wire
-
-
 class Turn:
     """A turn of the loop, which ends when a test says so."""
 
@@ -121,10 +114,18 @@ class Turn:
             call()
 
 
-def waiting_upstream(name: str = "beast", turn: Turn | None = None) -> tuple[Upstream, Connection, Wire]:
-    """An upstream with one open connection, idle in its pool. No turn: every read is one of its own."""
+def client_of(server: Server, turn: Turn | None = None) -> tuple[ClientConnection, Wire]:
+    """A client of this server, which has no loop. No turn: every write is alone in its own."""
+    server.outbox = Outbox((lambda end: end()) if turn is None else turn.call_soon)
+    wire = Wire()
+    client = ClientConnection(server)
+    client.connection_made(wire)
+    return client, wire
+
+
+def waiting_upstream(name: str = "beast") -> tuple[Upstream, Connection, Wire]:
+    """An upstream with one open connection, idle in its pool."""
     upstream = Upstream(name, "http://127.0.0.1:9")
-    upstream.outbox = Outbox((lambda end: end()) if turn is None else turn.call_soon)
     connection, wire = Connection(upstream), Wire()
     connection.connection_made(wire)
     upstream.give_back(connection)

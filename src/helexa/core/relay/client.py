@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Final, cast
 
@@ -26,6 +26,7 @@ from helexa.core.errors import (
 from helexa.core.relay import wire
 from helexa.core.relay.asgi import Cycle
 from helexa.core.relay.contract import Director, Endpoint, Exchange, Peek
+from helexa.core.relay.outbox import Write
 from helexa.core.relay.relay import Pair
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class ClientConnection(asyncio.Protocol):
 
     What a request is on its way: `_raw` until its head is whole, then `head`, then `_parts` of its body; then it
     belongs to `pair` (the relay) or `cycle` (the app) until `finished`.
+
+    write: in this turn of the loop, in order, by way of the server's outbox
+    put:   the transport's own, which is where the outbox writes
     """
 
     __slots__ = (
@@ -69,6 +73,7 @@ class ClientConnection(asyncio.Protocol):
         "parser",
         "paused",
         "peer",
+        "put",
         "server",
         "sockname",
         "transport",
@@ -79,7 +84,8 @@ class ClientConnection(asyncio.Protocol):
         self.server = server
         self.director = cast("Director", server.director)  # never asked where there is none: no endpoint leads to it
         self.transport = cast("asyncio.Transport", None)
-        self.write: Callable[[bytes], None] = _nowhere
+        self.put: Write = _nowhere
+        self.write: Write = _nowhere
         self.peer: tuple[str, int] | None = None
         self.sockname: tuple[str, int] | None = None
         self.address = "unix"
@@ -108,7 +114,8 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self.write = self.transport.write
+        self.put = self.transport.write
+        self.write = partial(self.server.outbox.put, self.put)
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
             self.peer, self.address = (peer[0], peer[1]), peer[0]
@@ -161,6 +168,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         server = self.server
         self._closing = True
+        server.outbox.drop(self.put)
         server.connections.discard(self)
         server.by_address[self.address] -= 1
         if not server.by_address[self.address]:
@@ -346,6 +354,7 @@ class ClientConnection(asyncio.Protocol):
         self.respond_error(error, self._dialect_of_head(), self.server.new_id())
         self._closing = True
         self._deadline = monotonic() + _LINGER_S
+        self.server.outbox.flush()
         if self.transport.can_write_eof():
             self.transport.write_eof()
 
@@ -372,10 +381,12 @@ class ClientConnection(asyncio.Protocol):
         if not self._closing:
             self._closing = True
             self._deadline = monotonic() + _LINGER_S
+            self.server.outbox.flush()
             self.transport.close()
 
     def abort(self) -> None:
         self._closing = True
+        self.server.outbox.flush()  # what was written before the cut comes before it
         if self.transport is not None:
             self.transport.abort()
 

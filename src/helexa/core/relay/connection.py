@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, cast
 
 import httptools
 
-from helexa.core.relay.outbox import MOST
+from helexa.core.relay.outbox import MOST, Outbox, Write
 
 if TYPE_CHECKING:
     from helexa.core.relay.upstream import Upstream
@@ -73,11 +72,13 @@ class Connection(asyncio.Protocol):
         "in_chunk",
         "interim",
         "keep",
+        "outbox",
         "owner",
         "parser",
         "parts",
         "passing",
         "pool",
+        "put",
         "reads",
         "rest",
         "reused",
@@ -89,9 +90,11 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, pool: Upstream) -> None:
         self.pool = pool
-        self.held = pool.outbox.held
+        self.outbox: Outbox | None = None
+        self.held: list[tuple[Write, bytes]] = []
         self.owner: Owner | None = None
         self.transport = cast("asyncio.Transport", None)
+        self.put = cast("Write", None)
         self.closed = False
         self.reused = self.served = False
         self.parts: list[bytes] = []
@@ -108,23 +111,24 @@ class Connection(asyncio.Protocol):
         self.passing = False
         self.heed = b""
         self.reads = 0
-        self.write: Callable[[bytes], None] | None = None
+        self.write: Write | None = None
         self.parts.clear()
 
-    def start_passing(self, write: Callable[[bytes], None], heed: bytes) -> None:
-        """From a point between two events and two chunks on: reads that hold whole events go to `write`."""
-        self.write, self.heed, self.passing = write, heed, True
+    def ask(self, request: bytes, outbox: Outbox) -> None:
+        """HOT, once per request: one write, in this turn of the loop. outbox: of the server that the answer goes to."""
+        self.outbox, self.held = outbox, outbox.held
+        outbox.put(self.put, request)
 
-    def stop_passing(self) -> None:
-        """What was passed is written; whatever else is to be written for its client comes after it."""
-        if self.passing:
-            self.pool.outbox.flush()
-            self.passing = False
+    def start_passing(self, write: Write, heed: bytes) -> None:
+        """From a point between two events and two chunks on: reads that hold whole events go to `write`, by way of the
+        outbox."""
+        self.write, self.heed, self.passing = write, heed, True
 
     # asyncio's calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
+        self.put = self.transport.write
         self.pool.opened(self)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -154,9 +158,9 @@ class Connection(asyncio.Protocol):
         ):
             held = self.held
             if 0 < len(held) < MOST:
-                held.append((self, data))
+                held.append((self.write, data))  # type: ignore[arg-type]
             else:
-                self.pool.outbox.take(self, data)
+                self.outbox.put(self.write, data)  # type: ignore[union-attr, arg-type]
             parts.append(data)
             # Few are kept, since memory that was freed just now is still in the cache.
             if len(parts) > 16:
@@ -170,15 +174,17 @@ class Connection(asyncio.Protocol):
             return
         # A read may end inside a chunk, or inside the next one's size line, which llhttp has not told of yet.
         if not self.in_chunk and data.endswith(EVENT_END) and not (self.heed and data.partition(self.heed)[1]):
-            self.pool.outbox.take(self, data)
+            self.outbox.put(self.write, data)  # type: ignore[union-attr, arg-type]
             if mark > 16:
                 del parts[:-8]  # what the end of a stream is told from
         else:
-            self.stop_passing()
+            self.passing = False
             self.owner.read_passed(data, mark)  # type: ignore[union-attr]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
+        if self.outbox is not None:
+            self.outbox.drop(self.put)
         self.pool.dropped(self)
         owner, self.owner = self.owner, None
         if owner is not None:
@@ -254,4 +260,6 @@ class Connection(asyncio.Protocol):
         self.owner = None
         self.passing = False
         if not self.closed:
+            if self.outbox is not None:
+                self.outbox.drop(self.put)
             self.transport.abort()

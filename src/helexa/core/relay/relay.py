@@ -223,18 +223,15 @@ class Pair:
         self._t_read = 0.0
         if self._paused_since:
             connection.transport.pause_reading()
-        connection.transport.write(
-            b"".join(
-                (
-                    route.upstream.head_for(route.path or exchange.endpoint.upstream_path),
-                    b"%d\r\n" % len(body),
-                    route.headers,
-                    self._extra,
-                    b"\r\n",
-                    body,
-                )
-            )
+        parts = (
+            route.upstream.head_for(route.path or exchange.endpoint.upstream_path),
+            b"%d\r\n" % len(body),
+            route.headers,
+            self._extra,
+            b"\r\n",
+            body,
         )
+        connection.ask(b"".join(parts), self.client.server.outbox)
 
     # the upstream's bytes
 
@@ -287,7 +284,7 @@ class Pair:
             if self._paused_since and not connection.closed:
                 connection.transport.resume_reading()  # kept for the next request, it must hear its answer
             if connection.passing:
-                connection.stop_passing()
+                connection.passing = False
                 last = b"".join(connection.parts[-8:])
                 scan.settle_stream(self.exchange, last)
                 # passing may have begun behind the [DONE] that was read by event
@@ -403,7 +400,7 @@ class Pair:
                 UpstreamError(f"{self.exchange.node} sent an event of over {sse.MAX_EVENT_BYTES} bytes")
             )
         elif self._raw_ok and events.may_pass and not connection.in_chunk and raw.endswith(EVENT_END):
-            connection.start_passing(self.write, self._heed)
+            connection.start_passing(self.client.put, self._heed)
 
     def _moved_on(self, told: Any) -> bool:
         """An upstream whose own head was out already can only say in an event that it failed."""
@@ -552,8 +549,6 @@ class Pair:
             self.client.abort()  # no event fits, and no length can be taken back
             self._over(keep=False)
             return
-        if self.connection is not None:
-            self.connection.pool.outbox.flush()
         if exchange.last_words is not None:
             payload = exchange.last_words(error)
         else:
@@ -572,8 +567,6 @@ class Pair:
         if self.phase is _OVER:
             return
         exchange = self.exchange
-        if self.connection is not None:
-            self.connection.pool.outbox.drop(self.connection)
         connection = self._let_go()
         if connection is not None:
             connection.abort()

@@ -21,6 +21,7 @@ from helexa.core.relay import wire
 from helexa.core.relay.asgi import ASGIApp
 from helexa.core.relay.client import ClientConnection
 from helexa.core.relay.contract import Director, Endpoint
+from helexa.core.relay.outbox import Outbox
 
 _log = logs.get("http")
 
@@ -54,6 +55,7 @@ class Server:
         self.body_limit = body_limit_mb << 20
         self.inside = inside
         self.cors_origins = frozenset(o.encode() for o in cors_origins)
+        self.outbox = Outbox()
         self.connections: set[ClientConnection] = set()
         self.by_address: Counter[str] = Counter()
         self.on_tick: list[Callable[[float], None]] = []

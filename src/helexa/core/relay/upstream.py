@@ -16,7 +16,6 @@ import httptools
 import msgspec
 
 from helexa.core.relay.connection import Connection, UpstreamClosed
-from helexa.core.relay.outbox import Outbox
 from helexa.core.relay.wire import answer_head
 
 LOOKUP_S = 5.0
@@ -61,7 +60,6 @@ class Upstream:
         self.connect_s = connect_s
         self.max_idle = max_idle
         self.closing = False
-        self.outbox = Outbox()
         self._idle: list[Connection] = []
         self._open: set[Connection] = set()
         self._renew = renew
