@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from helexa.core.bodies import try_decode
 from helexa.core.errors import (
     BadRequest,
     ContextLengthExceeded,
@@ -20,6 +21,7 @@ from helexa.core.errors import (
     UpstreamError,
     WrongTask,
 )
+from helexa.neuron.harness import template_refusals
 
 # Where a prompt stands in a body, by the last part of the path.
 _PROMPT: Final = {"completions": "messages", "embeddings": "input", "rerank": "documents"}
@@ -61,11 +63,16 @@ class _Envelope(msgspec.Struct):
     error: _Error
 
 
+class _Asked(msgspec.Struct):
+    tools: list[msgspec.Raw] | None = None
+
+
 _decode = msgspec.json.Decoder(_Envelope).decode
+_asked = msgspec.json.Decoder(_Asked)
 
 
-def translate(model: str, path: str, status: int, body: bytes) -> HelexaError:
-    """The error that the client gets for the engine's `status` and `body`."""
+def translate(model: str, path: str, status: int, body: bytes, asked: bytes = b"") -> HelexaError:
+    """The error that the client gets for the engine's `status` and `body`.   asked: the request's own body."""
     try:
         error = _decode(body).error
     except msgspec.MsgspecError:
@@ -73,7 +80,9 @@ def translate(model: str, path: str, status: int, body: bytes) -> HelexaError:
     code = error.code if isinstance(error.code, int) else status
     message = _INSIDE.sub("", error.message)
     if (raised := _RAISED.search(message)) is not None:
-        return BadRequest(f"{model}: its chat template refuses these messages: {raised.group(1)}", param="messages")
+        wanted = try_decode(_asked, asked)
+        with_tools = wanted is not None and bool(wanted.tools)
+        return template_refusals.refusal(model, raised.group(1), with_tools=with_tools)
     if (sizes := _sizes(error)) is not None:
         too_long = ContextLengthExceeded(model, *sizes)
         too_long.param = "prompt" if path == "/v1/completions" else _PROMPT.get(path.rsplit("/", 1)[-1], "messages")

@@ -105,7 +105,7 @@ class LlamaSession:
 
     def refusal(self, exchange: Exchange, status: int, body: bytes) -> HelexaError | None:
         """The engine's own error in our taxonomy."""
-        return refusals.translate(self._model, exchange.endpoint.upstream_path, status, body)
+        return refusals.translate(self._model, exchange.endpoint.upstream_path, status, body, exchange.body)
 
     def check_chats(self) -> None:
         openai_tasks.check(self._model, self._task, CHAT)
@@ -123,7 +123,7 @@ class LlamaSession:
     async def _ask(self, engine: Upstream, path: str, body: bytes) -> dict[str, Any]:
         answer = await engine.fetch("POST", path, body)
         if answer.status != 200:
-            raise refusals.translate(self._model, CHAT, answer.status, answer.body)
+            raise refusals.translate(self._model, CHAT, answer.status, answer.body, body)
         found: dict[str, Any] = answer.json(dict[str, Any])
         return found
 
@@ -268,7 +268,8 @@ class LlamaSession:
         if exchange.stream:
             return AnswerMend(steps) if steps else None
         path = exchange.endpoint.upstream_path
-        return AnswerMend(steps, Collector(), partial(refusals.translate, self._model, path, 500))
+        refuse = partial(refusals.translate, self._model, path, 500, asked=exchange.body)
+        return AnswerMend(steps, Collector(), refuse)
 
     # embeddings and rerank
 

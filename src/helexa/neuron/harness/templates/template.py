@@ -12,6 +12,7 @@ from typing import Any, Final
 import jinja2
 
 from helexa.core.errors import BadRequest, HelexaError, TemplateFailed
+from helexa.neuron.harness import template_refusals
 from helexa.neuron.harness.templates.budget import RENDERED, Budget, TooExpensive, spending
 from helexa.neuron.harness.templates.sandbox import SOURCE, Environment, Raised, variables
 
@@ -93,11 +94,7 @@ class ChatTemplate:
         try:
             prompt = _rendered(template, given, self._budget())
         except Raised as err:
-            if not tools:
-                raise BadRequest(
-                    f"{self._model}: its chat template refuses these messages: {err}", param="messages"
-                ) from err
-            raise self._failed(f"refuses these messages with tools: {err}") from err
+            raise template_refusals.refusal(self._model, str(err), with_tools=bool(tools)) from err
         except (TooExpensive, RecursionError, MemoryError) as err:
             why = "it calls itself too deeply" if isinstance(err, RecursionError) else str(err) or "no memory is left"
             raise self._failed(f"was ended: {why}") from err
