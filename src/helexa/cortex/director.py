@@ -96,7 +96,8 @@ class CortexDirector:
 
         1. A name that nobody knows, or a task that is not the model's, is refused before anything is sent.
         2. A loaded replica that was not tried: there.
-        3. All tried: a node that failed ends it with its error; nodes that asked to wait are waited for.
+        3. All tried: a node that failed ends it with its error; nodes that asked to wait are waited for, and what a
+           node had that shuts down is loaded elsewhere.
         4. Loaded nowhere: wait for a load. But tokens are counted without one (counting.py).
 
         Of an alias that lists several models, the first that can serve it in time; where that fails, the next.
@@ -124,7 +125,7 @@ class CortexDirector:
             if replica is not None:
                 return self._send(exchange, pursuit, replica)
         last = pursuit.last_error
-        if last is not None and not isinstance(last, ModelLoading | ModelUnloading):
+        if last is not None and not isinstance(last, ModelLoading | ModelUnloading | ShuttingDown):
             if self._falls_back(exchange, pursuit, last):
                 return self.route(exchange)
             tell_all(last, pursuit)
@@ -160,7 +161,9 @@ class CortexDirector:
             self._fleet.model_refused(route.replica, refusals.state_of(error))
         elif isinstance(error, UpstreamError):
             pursuit.broken.append(node)
-        elif isinstance(error, Overloaded | ShuttingDown):
+        elif isinstance(error, ShuttingDown):
+            self._fleet.saw_draining(route.replica.node)  # before its event, or the next poll, says so
+        elif isinstance(error, Overloaded):
             others = choose(pursuit.model.replicas, [*exchange.tried, node], self._rng)
             if others is None and pursuit.translated is None and not pursuit.others:
                 pursuit.passed_on = refusals.NodeSaid(code, error.message)

@@ -256,7 +256,7 @@ class Fleet:
             self._notify([None])
 
     def saw_draining(self, node: Node) -> None:
-        """A "draining" event: it shuts down, and takes nothing new."""
+        """A "draining" event, or a request that was refused for it: it shuts down, and takes nothing new."""
         node.is_draining = True
         self._settle(node, set())
 

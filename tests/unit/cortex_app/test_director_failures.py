@@ -8,7 +8,7 @@ from tests.helpers.directors import NAME, Bench, awaited, exchange, two_nodes
 from tests.helpers.fleets import answers, fleet, info
 
 from helexa.core.catalogue import ModelProfile
-from helexa.core.errors import HelexaError, ModelLoading, Overloaded, UpstreamError, UpstreamTimeout
+from helexa.core.errors import HelexaError, ModelLoading, Overloaded, ShuttingDown, UpstreamError, UpstreamTimeout
 
 # failures
 
@@ -152,3 +152,16 @@ def test_silence_of_a_node_that_does_not_answer_its_polls_is_a_stall() -> None:
     route = bench.sent(request)
     bench.view.saw_miss(route.replica.node, "no answer")
     assert bench.director.is_stalled(request, route, 130.0)
+
+
+def test_what_a_node_had_that_shuts_down_is_loaded_elsewhere_though_the_node_has_not_told_yet() -> None:
+    view = fleet("beast", "benjy", models=[ModelProfile(id=NAME)])
+    answers(view, "beast", info(NAME))
+    bench, request = Bench(view, then=lambda: answers(view, "benjy", info(NAME))), exchange()
+    first = bench.sent(request)
+    refusal = bench.refuse(request, first, 503, code="shutting_down")
+    assert isinstance(refusal, ShuttingDown)
+    bench.fail(request, first, refusal)
+    assert view.nodes["beast"].state == "draining"
+    assert run(awaited(bench.director.route(request))).upstream.name == "benjy"
+    assert bench.loader.models == [NAME]
