@@ -1,7 +1,8 @@
 """Sums between CPU ranks of one host through one mapping.
 
 Layout: a page of counters (one cache line a rank, and one for the word that says that the group failed), then for each
-rank two buffers, used by turns. A rank writes its part into its buffer of this turn, publishes the turn's number, waits
+rank two buffers, used by turns. A rank's line is the turn that it has published, and for each of the two buffers how
+wide its part of a gather is. A rank writes its part into its buffer of this turn, publishes the turn's number, waits
 until every rank has published it, and adds all parts in the order of the ranks, so that every rank gets the same bits.
 Nobody may overwrite a buffer that is still being read: writing turn n + 2 comes after having waited for n + 1, which a
 rank publishes only when it has read n.
@@ -18,6 +19,7 @@ import os
 import platform
 import threading
 import time
+from pathlib import Path
 from typing import Any, Final
 
 from helexa.neuron.tp.collective import CollectiveFailed, CollectiveUnavailable
@@ -25,9 +27,13 @@ from helexa.neuron.tp.comm import Comm
 
 LINE: Final = 8  # words of 8 bytes: a cache line
 PAGE: Final = 4096
+MOST_RANKS: Final = PAGE // (LINE * 8) - 1
+X86: Final = ("x86_64", "AMD64")
 BUFFER: Final = 1 << 20  # bytes a rank and turn; longer tensors go in pieces
 SPINS: Final = 200  # looks before the core is given away; more gains nothing where ranks have cores of their own
-LOOKS_A_CLOCK: Final = 256
+LOOKS_A_CLOCK: Final = 64
+YIELDING_S: Final = 0.002  # from then on it sleeps between looks: on a machine with other work, who spins takes the
+SLEEP_S: Final = 0.00005  # core from whom it waits for, for a whole slice
 VIEWS: Final = 64  # shapes whose tensors are kept; a model's decode has a few, prefill any number
 
 
@@ -44,10 +50,10 @@ class ShmCollective:
         ended: threading.Event | None = None,
         buffer: int = BUFFER,
     ) -> None:
-        if platform.machine() not in ("x86_64", "AMD64"):
+        if platform.machine() not in X86:
             raise CollectiveUnavailable(f"shm needs x86 and this is {platform.machine()}; use gloo")
-        if (world_size + 1) * LINE * 8 > PAGE:
-            raise CollectiveUnavailable(f"shm is for at most {PAGE // LINE // 8 - 1} ranks")
+        if world_size > MOST_RANKS:
+            raise CollectiveUnavailable(f"shm is for at most {MOST_RANKS} ranks")
         import torch
 
         self._torch = torch
@@ -60,11 +66,13 @@ class ShmCollective:
         fd = _shared(comm.store, size, create=rank == 0, timeout_s=timeout_s)
         try:
             self._map = mmap.mmap(fd, size)
+            self._words = memoryview(self._map).cast("q")
+            self._views: dict[tuple[Any, int, int], list[Any]] = {}
+            self.barrier()
         finally:
-            os.close(fd)
-        self._words = memoryview(self._map).cast("q")
-        self._views: dict[tuple[Any, int, int], list[Any]] = {}
-        self.barrier()
+            os.close(fd)  # not before the others have found it
+            if rank == 0:
+                Path(comm.store).unlink(missing_ok=True)
 
     def all_reduce(self, tensor: Any) -> None:
         """HOT, twice a layer and step. Bench: bench/tp."""
@@ -82,29 +90,31 @@ class ShmCollective:
             piece.add_(view)
 
     def gather(self, tensor: Any) -> list[Any] | None:
-        torch = self._torch
-        rows = math.prod(tensor.shape[:-1])  # a rank's part may have no width
-        widths = torch.zeros(self.world_size, dtype=torch.int64)
-        widths[self.rank] = tensor.shape[-1]
-        self.all_reduce(widths)
+        """HOT, once a step. Bench: bench/tp. On rank 0 its own part is the tensor itself."""
+        rows = math.prod(tensor.shape[:-1])
         flat = tensor.contiguous().view(-1)
-        sizes = [rows * int(w) for w in widths]
-        out = [tensor.new_empty((*tensor.shape[:-1], int(w))) for w in widths] if self.rank == 0 else None
         most = self._buffer // flat.element_size()
-        for start in range(0, max(sizes), most):
-            counts = [max(0, min(most, size - start)) for size in sizes]
-            mine = counts[self.rank]
-            if mine:
-                self._parts(flat.dtype, mine)[self.rank].copy_(flat[start : start + mine])
-            else:
-                self._turn += 1
+        out: list[Any] = []
+        start = longest = 0
+        while start == 0 or start < longest:
+            self._turn += 1
+            which = self._turn % 2
+            piece = flat[start : start + most]
+            if self.rank and piece.numel():
+                self._view(flat.dtype, piece.numel(), which)[self.rank].copy_(piece)
+            self._words[self.rank * LINE + 1 + which] = tensor.shape[-1]
             self._meet()
-            if out is not None:
-                for rank, count in enumerate(counts):
-                    if count:
-                        view = self._view(flat.dtype, count, self._turn % 2)[rank]
+            widths = [self._words[rank * LINE + 1 + which] for rank in range(self.world_size)]
+            longest = rows * max(widths)
+            if self.rank == 0:
+                out = out or [tensor, *(tensor.new_empty((*tensor.shape[:-1], width)) for width in widths[1:])]
+                for rank in range(1, self.world_size):
+                    count = min(most, rows * widths[rank] - start)
+                    if count > 0:
+                        view = self._view(flat.dtype, count, which)[rank]
                         out[rank].view(-1)[start : start + count].copy_(view)
-        return out
+            start += most
+        return out if self.rank == 0 else None
 
     def barrier(self) -> None:
         self._turn += 1
@@ -146,18 +156,24 @@ class ShmCollective:
         words, turn = self._words, self._turn
         words[self.rank * LINE] = turn
         failed = self.world_size * LINE
-        deadline = 0.0
+        began = 0.0
+        patient = False
         for rank in range(self.world_size):
             looks = 0
             while words[rank * LINE] < turn:
                 looks += 1
                 if looks <= SPINS:
                     continue
-                os.sched_yield()
+                if patient:
+                    time.sleep(SLEEP_S)
+                else:
+                    os.sched_yield()
                 if looks % LOOKS_A_CLOCK:
                     continue
                 now = time.monotonic()
-                deadline = deadline or now + self._timeout_s
+                began = began or now
+                patient = now > began + YIELDING_S
+                deadline = began + self._timeout_s
                 if words[failed] or now > deadline or (self._ended is not None and self._ended.is_set()):
                     words[failed] = 1
                     raise CollectiveFailed(f"rank {self.rank} waited for rank {rank}, which did not come")
@@ -166,18 +182,18 @@ class ShmCollective:
 
 
 def _shared(path: str, size: int, *, create: bool, timeout_s: float) -> int:
-    """A descriptor of the mapping's file. The leader makes it whole under another name, so that nobody maps half."""
+    """A descriptor of the mapping. The leader's is memory and no file on a disk, to which pages would be written back,
+    and which would outlive a leader that is killed; the others find it by a link to the leader's descriptor."""
     if create:
-        made = f"{path}.new"
-        fd = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.memfd_create("helexa-ranks", os.MFD_CLOEXEC)
         os.ftruncate(fd, size)
-        os.rename(made, path)
+        os.symlink(f"/proc/{os.getpid()}/fd/{fd}", path)
         return fd
     deadline = time.monotonic() + timeout_s
     while True:
         try:
             return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except OSError:  # it has not come yet, or is gone already
             if time.monotonic() > deadline:
                 raise CollectiveFailed(f"the leader did not come within {timeout_s:g} s") from None
             time.sleep(0.001)
