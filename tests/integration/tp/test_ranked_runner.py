@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 
 from tests.helpers import toy_shard  # noqa: E402
 
-from helexa.neuron.harness.torch.ranks import RankedRunner, load_ranked, thread_shares  # noqa: E402
+from helexa.neuron.harness.torch.ranks import RankedRunner, load_ranked  # noqa: E402
 from helexa.neuron.harness.torch.step import Copy, Row, Step, StepFailed  # noqa: E402
 from helexa.neuron.tp.leader import Group  # noqa: E402
 from helexa.neuron.tp.pool import PoolFailed  # noqa: E402
@@ -221,8 +221,3 @@ def test_a_leader_that_is_killed_while_it_steps_leaves_no_rank(tmp_path: Path) -
         finally:
             process.kill()
     wait_for(lambda: gone(pids))
-
-
-def test_threads_are_shared_out_and_every_rank_has_one() -> None:
-    assert thread_shares(8, 3) == [3, 3, 2]
-    assert thread_shares(1, 3) == [1, 1, 1]

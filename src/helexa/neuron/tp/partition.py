@@ -93,6 +93,11 @@ def possible_world_sizes(shape: Shape, most: int) -> list[int]:
     return list(range(1, min(most, shape.query_heads) + 1))
 
 
+def thread_shares(threads: int, ranks: int) -> list[int]:
+    """How many threads each rank gets on CPU, the lower ones the rest; at least one."""
+    return [max(1, threads // ranks + (rank < threads % ranks)) for rank in range(ranks)]
+
+
 def deal(count: int, weights: Sequence[float], *, least: int = 0) -> list[int]:
     """How many of `count` whole things each gets. count >= least * len(weights)."""
     total = sum(weights)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helexa.neuron.tp.partition import Impossible, Shape, Span, deal, partition, possible_world_sizes
+from helexa.neuron.tp.partition import Impossible, Shape, Span, deal, partition, possible_world_sizes, thread_shares
 
 SMOLLM2 = Shape(query_heads=9, kv_heads=3, mlp=1536, vocabulary=49152)
 
@@ -99,3 +99,8 @@ def test_an_impossible_split_is_refused_with_the_sizes_that_work() -> None:
     with pytest.raises(Impossible, match="2 ranks need 2 shares"):
         partition(SMOLLM2, 2, [1])
     assert possible_world_sizes(SMOLLM2, 16) == list(range(1, 10))
+
+
+def test_threads_are_shared_out_and_every_rank_has_one() -> None:
+    assert thread_shares(8, 3) == [3, 3, 2]
+    assert thread_shares(1, 3) == [1, 1, 1]

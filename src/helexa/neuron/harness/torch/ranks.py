@@ -96,15 +96,17 @@ def load_ranked(
     *,
     progress: Callable[[float], None],
     on_failed: Callable[[str], None],
+    started: Callable[[list[int]], None] = lambda pids: None,
 ) -> RankedRunner:
     """Start the ranks, bring them together, and load a model's parts on all of them at once.
 
-    specs: by rank, this one's first, for the group's loader. Raises PoolFailed, or MemoryError where a rank had too
-    little; no rank is left then.
+    specs: by rank, this one's first, for the group's loader. started: told the other ranks' process ids. Raises
+    PoolFailed, or MemoryError where a rank had too little; no rank is left then.
     """
     load = open_loader(group.loader)
     leader = Leader(group)
     try:
+        started(leader.pids)
         shard = leader.load(lambda: load(specs[0], leader.collective, progress), specs, LOAD_S)
     except PoolFailed as err:
         leader.close()
@@ -122,8 +124,3 @@ def load_rank(spec: dict[str, Any], collective: Collective | None, progress: Cal
     module: Any = importlib.import_module("helexa.neuron.harness.torch.shard")
     shard: RankShard = module.load_shard(msgspec.convert(spec, module.ShardSpec), collective, progress)
     return shard
-
-
-def thread_shares(threads: int, ranks: int) -> list[int]:
-    """How many threads each rank gets on CPU, the lower ones the rest; at least one."""
-    return [max(1, threads // ranks + (rank < threads % ranks)) for rank in range(ranks)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,30 +10,42 @@ from typing import Any
 import msgspec
 
 from helexa.neuron.harness.torch.config import ModelConfig
-from helexa.neuron.harness.torch.ranks import load_ranked, thread_shares
+from helexa.neuron.harness.torch.ranks import load_ranked
 from helexa.neuron.harness.torch.shard import LocalRunner, ShardSpec, load_shard
-from helexa.neuron.harness.torch.step import Runner
+from helexa.neuron.harness.torch.step import Row, Runner, Step, StepFailed
 from helexa.neuron.harness.torch.watched import WatchedRunner
 from helexa.neuron.step_watch import StepReport, report_of
+from helexa.neuron.tp.collective_shm import MOST_RANKS, X86
 from helexa.neuron.tp.leader import Group
-from helexa.neuron.tp.partition import partition
+from helexa.neuron.tp.partition import partition, thread_shares
 
 
 def open_runner(
     spec: dict[str, Any], config: ModelConfig, progress: Callable[[float], None], on_failed: Callable[[str], None]
 ) -> Runner:
-    """spec: the plan's. on_failed: told of a rank's end while no step runs. Raises what load_shard and load_ranked do;
-    nothing is left then."""
+    """Loaded, and one step done. spec: the plan's. on_failed: told, once, of a rank's end, whether a step runs or not.
+    Raises what load_shard and load_ranked do, and RuntimeError where the first step fails; nothing is left then."""
     socket = Path(spec["socket"])
     shards = shard_specs(spec, config)
     report = StepReport.create(report_of(socket))
+    runner: Runner
     if len(shards) == 1:
-        return WatchedRunner(LocalRunner(load_shard(shards[0], None, progress)), report)
-    group = Group(backend_of(spec["devices"]), socket.parent, tuple(spec["device_indices"]))
-    told = [msgspec.to_builtins(shard) for shard in shards]
-    runner = load_ranked(told, group, progress=progress, on_failed=on_failed)
-    report.ranks(runner.pids)
-    return WatchedRunner(runner, report)
+        runner = LocalRunner(load_shard(shards[0], None, progress))
+    else:
+        group = Group(backend_of(spec["devices"]), socket.parent, tuple(spec["device_indices"]))
+        told = [msgspec.to_builtins(shard) for shard in shards]
+        runner = load_ranked(told, group, progress=progress, started=report.ranks, on_failed=on_failed)
+    watched = WatchedRunner(runner, report)
+    try:
+        watched.step(Step([Row(0, 0, [0])]))  # what is slow the first time, and what fails at once
+        watched.step(Step([], drops=[0]))
+    except StepFailed as err:
+        watched.close()
+        raise RuntimeError(f"the first step failed: {err}") from err
+    except MemoryError:
+        watched.close()
+        raise
+    return watched
 
 
 def shard_specs(spec: dict[str, Any], config: ModelConfig) -> list[ShardSpec]:
@@ -46,6 +59,9 @@ def shard_specs(spec: dict[str, Any], config: ModelConfig) -> list[ShardSpec]:
     ]
 
 
-def backend_of(devices: list[str]) -> str:
-    """NCCL between GPUs; the ranks of one host's CPU share memory."""
-    return "shm" if devices[0] == "cpu" else "nccl"
+def backend_of(devices: list[str], machine: str | None = None) -> str:
+    """NCCL between GPUs; the ranks of one host's CPU share memory where that backend is offered. machine: as platform
+    calls it; None: this one."""
+    if devices[0] != "cpu":
+        return "nccl"
+    return "shm" if (machine or platform.machine()) in X86 and len(devices) <= MOST_RANKS else "gloo"
