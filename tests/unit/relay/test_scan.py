@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.helpers.wires import CHAT
 
 from helexa.core.relay import scan
@@ -89,3 +91,32 @@ def test_an_end_that_tells_nothing_leaves_everything_unknown(tail: bytes) -> Non
     scan.settle_stream(x, tail)
     assert x.usage is None
     assert x.finish_reason is None
+
+
+EVENTS = st.sampled_from(
+    [
+        event(choices=[{"index": 0, "delta": {"content": "a"}, "finish_reason": None}]),
+        event(choices=[{"index": 0, "delta": {"content": '"usage":{"x":1}'}, "finish_reason": None}], usage=None),
+        event(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}]),
+        event(choices=[{"index": 0, "delta": {}, "finish_reason": "length"}], timings={"predicted_n": 2}),
+        event(choices=[], usage={"prompt_tokens": 7, "completion_tokens": 3}),
+        event(choices=[], usage={"prompt_tokens": 8, "completion_tokens": 4}, timings={"predicted_n": 3}),
+        b'data: {"choices": [{"index": 0, "finish_reason": "tool_calls"}], "usage":null}\n\n',
+        b": beat\n\n",
+        b"data: [DONE]\n\n",
+    ]
+)
+
+
+@given(events=st.lists(EVENTS, max_size=8), framed=st.booleans(), cut=st.integers(0, 200))
+def test_an_end_tells_what_its_events_tell_one_after_the_other(events: list[bytes], framed: bool, cut: int) -> None:
+    """cut: it begins inside an event."""
+    told, one_by_one = exchange(), exchange()
+    raw = b"".join(b"%x\r\n%b\r\n" % (len(e), e) if framed else e for e in events)
+    first = event(choices=[{"index": 0, "delta": {"content": "the first one"}, "finish_reason": None}])
+    scan.settle_stream(told, first[min(cut, len(first) - 2) :] + raw)
+    for block in events:
+        if (chunk := scan.chunk_of(block)) is not None:
+            scan.note(one_by_one, chunk)
+    assert told.usage == one_by_one.usage
+    assert (told.finish_reason, told.timings) == (one_by_one.finish_reason, one_by_one.timings)

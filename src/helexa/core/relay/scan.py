@@ -19,7 +19,9 @@ USAGE: Final = b'"usage":'
 TIMINGS: Final = b'"timings":'
 FINISH: Final = b'"finish_reason":"'
 _SHORT = 4096
-_TELLING = (USAGE, TIMINGS, b'"finish_reason":', b'"error":')
+_ERROR: Final = b'"error":'
+_FINISHED: Final = re.compile(rb'"finish_reason": *"')
+_NULL: Final = re.compile(rb" *null")
 _OBJECT = re.compile(rb"\s*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})")
 
 
@@ -104,9 +106,20 @@ def is_only_comment(block: bytes) -> bool:
 
 
 def settle_stream(exchange: Exchange, tail: bytes) -> None:
-    """Fill usage, finish reason and timings from the last events of a stream; `tail` may begin inside an event."""
-    for block in tail.split(b"\n\n")[-6:]:
-        if any(word in block for word in _TELLING) and (found := chunk_of(block)):
+    """Fill usage, finish reason, timings and an error from the last events of a stream; `tail` may begin inside an
+    event, and may have the lines of chunks between events. Of events that tell the same the last one counts."""
+    usage = tail.rfind(USAGE)
+    while usage >= 0 and _NULL.match(tail, usage + len(USAGE)):  # there are engines that say it in every event
+        usage = tail.rfind(USAGE, 0, usage)
+    finish = [match.start() for match in _FINISHED.finditer(tail)]
+    done = 0
+    for at in sorted({usage, tail.rfind(TIMINGS), tail.rfind(_ERROR), *finish[-1:]}):
+        if at < done:  # not there, or in the event that was read last
+            continue
+        begin, done = tail.rfind(b"\n\n", 0, at), tail.find(b"\n\n", at)
+        if done < 0:
+            done = len(tail)
+        if (found := chunk_of(tail[max(0, begin) : done])) is not None:
             note(exchange, found)
 
 
