@@ -45,11 +45,13 @@ SCENARIOS = [
     Scenario("8k x64", "chat8k", 64, 6_000),
     Scenario("chunks 0 ms", "stream0", 64, 512),
     Scenario("chunks 5 ms", "stream5", 64, 256),
+    Scenario("steps 5 ms", "steps5", 64, 256),
 ]
 
 
 def bodies(folder: Path) -> None:
-    """small: one short message. chat8k: some 8,000 tokens (32 kB) in 21 messages. streams: 100 events each."""
+    """small: one short message. chat8k: some 8,000 tokens (32 kB) in 21 messages. streams: 100 events each; in steps
+    those of all streams come at once, as from an engine, else each stream keeps to the time at which it began."""
     short = [{"role": "user", "content": "Say hello."}]
     words = "the gateway forwards every byte of a conversation as it came and never encodes it anew "
     long = [{"role": "system", "content": words * 20}]
@@ -62,6 +64,7 @@ def bodies(folder: Path) -> None:
         "stream5": {"model": "stub", "stream": True, "max_tokens": 100, "seed": 5, "messages": short},
         "slow": {"model": "stub", "stream": True, "max_tokens": 600, "seed": 1000, "messages": short},
     }
+    made["steps5"] = {**made["stream5"], "user": "steps"}
     for name, body in made.items():
         (folder / f"{name}.json").write_text(json.dumps(body, separators=(",", ":")))
 
@@ -166,14 +169,15 @@ def main() -> None:
 
     print(f"{machine()}\n{rounds} rounds, interleaved; median (least to greatest)\n")
     print("CPU of the gateway, µs per request\n")
-    whole = [s.key for s in SCENARIOS if not s.body.startswith("stream")]
+    streams = {"chunks 0 ms": "0 ms apart", "chunks 5 ms": "5 ms apart", "steps 5 ms": "5 ms, in steps"}
+    whole = [s.key for s in SCENARIOS if s.key not in streams]
     table(["gateway", *whole], [[name(p.name, p.version()), *(spread(cost[p.name, k]) for k in whole)] for p in chosen])
     print("\nCPU per relayed chunk at 64 streams, µs, and how late a chunk is at the 99th percentile, ms\n")
-    head = ["gateway", "0 ms apart", "late p99", "5 ms apart", "late p99"]
+    head = ["gateway", *(word for told in streams.values() for word in (told, "late p99"))]
     rows = []
     for p in chosen:
         row = [p.name]
-        for key in ("chunks 0 ms", "chunks 5 ms"):
+        for key in streams:
             row += [spread(cost[p.name, key]), spread(latency[p.name, key + " p99"])]
         rows.append(row)
     table(head, rows)

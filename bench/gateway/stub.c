@@ -122,7 +122,8 @@ static void answer(conn *c, char *head, char *body) {
         c->usage = strcasestr(head, "\r\nx-helexa-usage: 1") || strstr(body, "include_usage");
         static const char ok[] = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n";
         put(c, ok, sizeof ok - 1);
-        c->due = now_ns() + (uint64_t)c->gap_ms * 1000000u;
+        uint64_t now = now_ns(), gap = (uint64_t)c->gap_ms * 1000000u;
+        c->due = gap && strstr(body, "\"user\":\"steps\"") ? (now / gap + 1) * gap : now + gap;
         c->streaming = 1;
         active[n_active++] = c->fd;
         return;
