@@ -31,7 +31,7 @@ class HelexaError(Exception):
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
-    code: ClassVar[str] = "internal_error"
+    code: str = "internal_error"  # of the class, but for a few whose code comes with the instance
     anthropic_status: ClassVar[int] = 500
     anthropic_type: ClassVar[str] = "api_error"
 
@@ -147,7 +147,7 @@ class Conflict(HelexaError):
 
     def __init__(self, message: str, *, code: str = "conflict", details: Mapping[str, Any] | None = None) -> None:
         super().__init__(message, details=details)
-        self.code = code  # type: ignore[misc]
+        self.code = code
 
 
 class RequestTooLarge(HelexaError):
@@ -202,7 +202,7 @@ class NeverLoads(HelexaError):
         self, message: str, *, code: str = "load_impossible", details: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__(message, details=details)
-        self.code = code  # type: ignore[misc]
+        self.code = code
 
 
 class TemplateFailed(HelexaError):

@@ -6,6 +6,7 @@ The translating itself is pure and lives in core.dialects.
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from typing import ClassVar
 
 from helexa.core.dialects import ollama_request as request
@@ -31,8 +32,8 @@ class _Ollama(Translated):
         exchange.headers_back = self.asked.dropped_header
 
     @staticmethod
-    def read(body: bytes) -> Translation:
-        raise NotImplementedError
+    @abstractmethod
+    def read(body: bytes) -> Translation: ...
 
     @property
     def naming(self) -> Naming:
@@ -55,8 +56,8 @@ class _Ollama(Translated):
             return None
         return self._done(exchange, load)
 
-    def _done(self, exchange: Exchange, load: str) -> Reply:
-        raise NotImplementedError
+    @abstractmethod
+    def _done(self, exchange: Exchange, load: str) -> Reply: ...
 
 
 class _Generated(_Ollama):

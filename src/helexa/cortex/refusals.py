@@ -36,7 +36,7 @@ class NodeSaid(HelexaError):
 
     def __init__(self, code: str | None, message: str) -> None:
         super().__init__(message)
-        self.code = code or "upstream_error"  # type: ignore[misc]
+        self.code = code or "upstream_error"
 
 
 def _codes(of: type[HelexaError]) -> frozenset[str]:

@@ -7,15 +7,16 @@ Whoever continues a conversation keeps all of it alive. Owned by one loop; nothi
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
+from helexa.core.bodies import MAX_MESSAGES
 from helexa.core.dialects import responses_wire as wire
-from helexa.core.errors import NotFound, PreviousResponseNotFound
+from helexa.core.errors import NotFound, PreviousResponseNotFound, RequestTooLarge
 
 ANONYMOUS = ""
 
@@ -129,6 +130,9 @@ def not_found(what: str, its_id: str) -> NotFound:
 
 # conversations
 
+# Of all that one request continues: it is decoded on the loop, 0.1 s for so much, for a request of a few bytes.
+MOST_BYTES: Final = 16 << 20
+
 
 class _Answered(msgspec.Struct):
     status: str = "completed"
@@ -141,20 +145,32 @@ _items = msgspec.json.Decoder(list[wire.Item]).decode
 
 def chain(store: ResponseStore, owner: str, response_id: str) -> Sequence[Record]:
     """The response and all that it continues, the first one first. Raises PreviousResponseNotFound for what is lost,
-    NotFound for what is another owner's."""
-    records: list[Record] = []
+    NotFound for what is another owner's, RequestTooLarge for more than the loop can be held up with."""
+    records = list(backwards(store, owner, response_id))
+    lost = records[-1].previous if records else response_id
+    if lost is not None:
+        raise PreviousResponseNotFound(
+            f"Previous response with id '{lost}' not found: it was not stored, was deleted, or is too old. Send the "
+            "whole conversation as `input`.",
+            param="previous_response_id",
+        )
+    return records[::-1]
+
+
+def backwards(store: ResponseStore, owner: str, response_id: str) -> Iterator[Record]:
+    """The response, the one that it continues, and so on, as far as they are kept. Raises as `chain` does."""
+    number = size = 0
     at: str | None = response_id
-    while at is not None:
-        record = store.get(owner, at)
-        if record is None:
-            raise PreviousResponseNotFound(
-                f"Previous response with id '{at}' not found: it was not stored, was deleted, or is too old. Send the "
-                "whole conversation as `input`.",
+    while at is not None and (record := store.get(owner, at)) is not None:
+        number, size = number + 1, size + record.size
+        if size > MOST_BYTES or number > MAX_MESSAGES:
+            raise RequestTooLarge(
+                f"What '{response_id}' continues is over {MOST_BYTES >> 20} MB or {MAX_MESSAGES:,} responses; begin "
+                "anew with what of it is needed as `input`.",
                 param="previous_response_id",
             )
-        records.append(record)
+        yield record
         at = record.previous
-    return records[::-1]
 
 
 def conversation(records: Sequence[Record]) -> list[wire.Item]:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from helexa.core.errors import BadRequest
-from helexa.cortex.response_store import Record, ResponseStore, not_found, owner_of
+from helexa.cortex.response_store import Record, ResponseStore, backwards, not_found, owner_of
 
 _encode = msgspec.json.Encoder().encode
 _decode_items = msgspec.json.Decoder(list[dict[str, Any]]).decode
@@ -57,13 +57,11 @@ class _Kept:
 
     async def input_items(self, request: Request) -> Response:
         record = self._record(request)
-        items = list(_decode_items(record.input))
-        while record.previous is not None:
-            before = self._store.get(record.owner, record.previous)
-            if before is None:
-                break  # what is gone is not listed
-            record = before
-            items = [*_decode_items(record.input), *_decode_output(record.response).output, *items]
+        items: list[dict[str, Any]] = []
+        for before in reversed([*backwards(self._store, record.owner, record.id)]):  # what is gone is not listed
+            items += _decode_items(before.input)
+            if before is not record:
+                items += _decode_output(before.response).output
         return _json(_encode(page(items, request.query_params)))
 
     async def cancel(self, request: Request) -> Response:

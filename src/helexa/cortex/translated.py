@@ -5,6 +5,7 @@ A request is translated once, whatever number of nodes is tried; each attempt ha
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -27,26 +28,26 @@ class Setup:
     )
 
 
-class Translated:
+class Translated(ABC):
     """One request; a dialect overrides what is its own."""
 
     @property
+    @abstractmethod
     def naming(self) -> Naming:
         """Of the chat body's fields, for what a node refuses."""
-        raise NotImplementedError
 
+    @abstractmethod
     def body(self, model: str) -> bytes:
         """For a node that calls the model so."""
-        raise NotImplementedError
 
     def ask(self, info: ModelInfo) -> tuple[str | None, bytes]:
         """What a node is asked that has this model loaded: the path, where it is not the endpoint's own, and the body.
         Raises BadRequest for what only the loaded model could tell."""
         return None, self.body(info.id)
 
+    @abstractmethod
     def answer(self, exchange: Exchange) -> Mend | None:
         """For one attempt. None: the node's answer is the client's as it is."""
-        raise NotImplementedError
 
     def content_type(self, exchange: Exchange) -> bytes | None:
         """Of what `answer` makes. None: the node's own, which is always asked for a stream."""
@@ -56,7 +57,7 @@ class Translated:
         """The answer, where no node has to be asked for it. Asked for at first, and again once the model is loaded."""
         return None
 
-    def over(self, exchange: Exchange) -> None:
+    def over(self, exchange: Exchange) -> None:  # noqa: B027 - most have nothing to do then
         """The exchange is over, however it ended."""
 
 

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helexa.core.bodies import MAX_MESSAGES
 from helexa.core.dialects.responses_items import try_listed
-from helexa.core.errors import NotFound, PreviousResponseNotFound
-from helexa.cortex import response_file
+from helexa.core.errors import NotFound, PreviousResponseNotFound, RequestTooLarge
+from helexa.cortex import response_file, response_store
 from helexa.cortex.response_file import FileStore
 from helexa.cortex.response_store import (
     CannotKeep,
@@ -270,6 +271,17 @@ def test_a_conversation_is_all_that_a_response_continues() -> None:
     store.delete(ME, "resp_hx1")
     with pytest.raises(PreviousResponseNotFound, match="resp_hx1"):
         chain(store, ME, "resp_hx3")
+
+
+@pytest.mark.parametrize(("number", "size"), [(2, response_store.MOST_BYTES // 2), (MAX_MESSAGES + 1, 0)])
+def test_a_conversation_that_would_hold_up_the_loop_is_refused(number: int, size: int) -> None:
+    store = MemoryStore(max_bytes=1 << 30, age_s=60, clock=Clock())
+    for each in range(number):
+        store.put(record(each, each - 1 if each else None, size=size))
+    with pytest.raises(RequestTooLarge) as caught:
+        chain(store, ME, f"resp_hx{number - 1:x}")
+    assert caught.value.param == "previous_response_id"
+    assert len(chain(store, ME, f"resp_hx{number - 2:x}")) == number - 1
 
 
 @pytest.mark.parametrize("kind", ["function_call", "custom_tool_call"])

@@ -6,6 +6,7 @@ stream and for an answer in one piece, so that the two cannot say different thin
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Final, Protocol
 
 from helexa.core import sse
@@ -27,7 +28,7 @@ class Witness(Protocol):
     def ended(self, usage: chat.Usage | None, finish_reason: str | None, timings: dict[str, Any] | None) -> None: ...
 
 
-class ChatStream:
+class ChatStream(ABC):
     """A Mend, but for its hooks. Raises HelexaError where the stream holds an error, or is none.
 
     ending: the last delta was there; usage may follow.   ended: the end is told, nothing follows.
@@ -47,27 +48,27 @@ class ChatStream:
 
     # what a dialect says
 
+    @abstractmethod
     def on_choice(self, choice: chat.Choice, delta: chat.Delta) -> None:
         """HOT, once per chunk: what was generated."""
-        raise NotImplementedError
 
     def on_text(self, text: str) -> None:
         """The same of a completion; overridden where one may be asked for."""
         raise UpstreamError("the node answered a chat with a completion")
 
-    def on_progress(self, progress: chat.PromptProgress) -> None:
+    def on_progress(self, progress: chat.PromptProgress) -> None:  # noqa: B027 - nothing to say of it is an answer
         """The prefill went on."""
 
-    def on_comment(self) -> None:
+    def on_comment(self) -> None:  # noqa: B027
         """The node's heartbeat."""
 
+    @abstractmethod
     def on_end(self) -> None:
         """Everything is known; called once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self) -> bytes:
         """What there is to send by now."""
-        raise NotImplementedError
 
     # the stream
 

@@ -119,6 +119,6 @@ def _too_long(message: str, details: dict[str, Any], naming: Naming) -> HelexaEr
         error = ContextLengthExceeded("the model", prompt, context)
     else:
         error = BadRequest(message, details=details)
-        error.code = ContextLengthExceeded.code  # type: ignore[misc]
+        error.code = ContextLengthExceeded.code
     error.param = naming("messages")
     return error

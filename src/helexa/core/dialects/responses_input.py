@@ -165,9 +165,8 @@ class MessagesBuilder:
             self._grow(where, fits=_Turn.takes_text).text = text
             return
         self._close()
-        content = item.content
-        if isinstance(content, list):
-            content = _content(self._parts(content, f"{where}.content"))  # type: ignore[assignment]
+        said = item.content
+        content = said if isinstance(said, str) else _content(self._parts(said, f"{where}.content"))
         self._add({"role": role, "content": content}, where)
 
     def _said(self, parts: Sequence[wire.Part], where: str) -> str:
