@@ -3,33 +3,20 @@ know them."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from tests.helpers.aio import run
-from tests.helpers.fake_neuron import neurons
-from tests.helpers.gateway import SETTINGS, Gateway, cortex
+from tests.helpers.fleets_of_fakes import fleet
+from tests.helpers.gateway import SETTINGS, Gateway
 from tests.helpers.published import check_event
 from tests.helpers.serving_neuron import WORDS, ServingNeuron
 
 from helexa.core import sse
 
 TEXT = "".join(WORDS)
-
-
-@asynccontextmanager
-async def fleet(folder: Path, *nodes: ServingNeuron, toml: str = SETTINGS) -> AsyncIterator[Gateway]:
-    for node in nodes:
-        node.put("m", "loaded", tell=False, capabilities=["chat"])
-    async with neurons(*nodes):
-        named = {f"n{number}": node.url for number, node in enumerate(nodes)}
-        async with cortex(folder, named, toml=toml) as gateway:
-            await gateway.until_up(*named)
-            yield gateway
 
 
 def asking(**fields: Any) -> dict[str, Any]:

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
+from tests.helpers.reference import listed
 
 from helexa.core.dialects import responses_wire as wire
-
-PAGE = (Path(__file__).parents[4] / "docs/reference/responses.md").read_text()
-
-
-def listed(heading: str) -> set[str]:
-    """Code in the first column of the table under a heading."""
-    section = PAGE.split(f"## {heading}\n", 1)[1].split("\n#", 1)[0]
-    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-    return {name for cell in cells for name in re.findall(r"`([a-z_]+)`", cell)}
 
 
 @pytest.mark.parametrize(
@@ -24,11 +13,11 @@ def listed(heading: str) -> set[str]:
     [("Honoured", wire.HONOURED), ("Dropped", frozenset(wire.DROPPED)), ("Refused", frozenset(wire.REFUSED))],
 )
 def test_each_list_is_documented(heading: str, names: frozenset[str]) -> None:
-    assert listed(heading) == names
+    assert listed("responses.md", heading) == names
 
 
 def test_each_item_is_documented() -> None:
-    assert listed("Items") == wire.ITEMS | {"web_search_call", "compaction", "configuration_update"}
+    assert listed("responses.md", "Items") == wire.ITEMS | {"web_search_call", "compaction", "configuration_update"}
 
 
 def test_each_field_stands_on_one_list() -> None:
