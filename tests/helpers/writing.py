@@ -23,13 +23,17 @@ ALL: Final[dict[str, Family]] = {family.name: family for _, family in FAMILIES} 
 Written = tuple[str, dict[str, Any]]
 
 
+def _dense(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _json(call: Written, key: str = "arguments") -> str:
-    return json.dumps({"name": call[0], key: call[1]}, ensure_ascii=False)
+    return _dense({"name": call[0], key: call[1]})
 
 
 def _xml(call: Written) -> str:
     def value(given: Any) -> str:
-        return given if isinstance(given, str) else json.dumps(given)
+        return given if isinstance(given, str) else _dense(given)
 
     parameters = "".join(f"<parameter={k}>\n{value(v)}\n</parameter>\n" for k, v in call[1].items())
     return f"<tool_call>\n<function={call[0]}>\n{parameters}</function>\n</tool_call>"
@@ -37,8 +41,7 @@ def _xml(call: Written) -> str:
 
 def _deepseek(calls: Sequence[Written]) -> str:
     inner = "\n".join(
-        f"{families.CALL_BEGIN}function{families.SEPARATOR}{name}\n```json\n{json.dumps(arguments)}\n```"
-        f"{families.CALL_END}"
+        f"{families.CALL_BEGIN}function{families.SEPARATOR}{name}\n```json\n{_dense(arguments)}\n```{families.CALL_END}"
         for name, arguments in calls
     )
     return families.CALLS_BEGIN + inner + families.CALLS_END
@@ -46,7 +49,7 @@ def _deepseek(calls: Sequence[Written]) -> str:
 
 def _deepseek_short(calls: Sequence[Written]) -> str:
     inner = "".join(
-        f"{families.CALL_BEGIN}{name}{families.SEPARATOR}{json.dumps(arguments)}{families.CALL_END}"
+        f"{families.CALL_BEGIN}{name}{families.SEPARATOR}{_dense(arguments)}{families.CALL_END}"
         for name, arguments in calls
     )
     return families.CALLS_BEGIN + inner + families.CALLS_END
@@ -60,27 +63,26 @@ WRITE: Final[dict[str, tuple[str, Callable[[Sequence[Written]], str]]]] = {  # f
     "llama": ("llama", lambda calls: "; ".join(_json(c, "parameters") for c in calls)),
     "llama-tag": ("llama", lambda calls: "<|python_tag|>" + "; ".join(_json(c, "parameters") for c in calls)),
     "mistral": ("mistral", lambda calls: "[TOOL_CALLS] [" + ", ".join(map(_json, calls)) + "]"),
-    "mistral-args": ("mistral", lambda calls: "".join(f"[TOOL_CALLS]{n}[ARGS]{json.dumps(a)}" for n, a in calls)),
+    "mistral-args": ("mistral-args", lambda calls: "".join(f"[TOOL_CALLS]{n}[ARGS]{_dense(a)}" for n, a in calls)),
     "mistral-id": (
-        "mistral-thinking",
-        lambda calls: "".join(f"[TOOL_CALLS]{n}[CALL_ID]abcdefgh1[ARGS]{json.dumps(a)}" for n, a in calls),
+        "mistral-args",
+        lambda calls: "".join(f"[TOOL_CALLS]{n}[CALL_ID]abcdefgh1[ARGS]{_dense(a)}" for n, a in calls),
     ),
     "deepseek": ("deepseek", _deepseek),
-    "deepseek-short": ("deepseek", _deepseek_short),
+    "deepseek-short": ("deepseek-short", _deepseek_short),
     "gemma": ("gemma", lambda calls: "\n".join(f"```tool_call\n{_json(c)}\n```" for c in calls)),
     "gemma-json": ("gemma", lambda calls: "\n".join(f"```json\n[{_json(c)}]\n```" for c in calls)),
     "generic": ("generic", lambda calls: "\n".join(map(_json, calls))),
     "harmony": (
         "harmony",
         lambda calls: "<|start|>assistant".join(
-            f"<|channel|>commentary to=functions.{n} <|constrain|>json<|message|>{json.dumps(a)}<|call|>"
-            for n, a in calls
+            f"<|channel|>commentary to=functions.{n} <|constrain|>json<|message|>{_dense(a)}<|call|>" for n, a in calls
         ),
     ),
     "harmony-role": (
         "harmony",
         lambda calls: "<|start|>assistant".join(
-            f" to=functions.{n}<|channel|>commentary json<|message|>{json.dumps(a)}<|call|>" for n, a in calls
+            f" to=functions.{n}<|channel|>commentary json<|message|>{_dense(a)}<|call|>" for n, a in calls
         ),
     ),
 }

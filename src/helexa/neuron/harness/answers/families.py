@@ -131,6 +131,8 @@ class Family:
 
 _FENCES: Final = {"```tool_code": _fenced, "```tool_call": _fenced, "```json": _fenced}
 
+_DEEPSEEK: Final = Form(openings={CALL_BEGIN: _deepseek}, silent=(CALLS_BEGIN, CALLS_END))
+
 HARMONY: Final = Family("harmony", Form(think=None), special=True)
 GENERIC: Final = Family("generic", Form(openings=_FENCES, bare=_bare))
 FAMILIES: Final[tuple[tuple[tuple[str, ...], Family], ...]] = (  # marks, all of which the template has; the first fits
@@ -141,14 +143,12 @@ FAMILIES: Final[tuple[tuple[tuple[str, ...], Family], ...]] = (  # marks, all of
     ),
     (("<tool_call>",), Family("hermes", Form(openings={"<tool_call>": _hermes}), special=True)),
     (
-        ("[THINK]", "[TOOL_CALLS]"),
-        Family("mistral-thinking", Form(("[THINK]", "[/THINK]"), {"[TOOL_CALLS]": _mistral}), special=True),
+        ("[TOOL_CALLS]", "[ARGS]"),
+        Family("mistral-args", Form(("[THINK]", "[/THINK]"), {"[TOOL_CALLS]": _mistral}), special=True),
     ),
     (("[TOOL_CALLS]",), Family("mistral", Form(openings={"[TOOL_CALLS]": _mistral}), special=True)),
-    (
-        (CALLS_BEGIN,),
-        Family("deepseek", Form(openings={CALL_BEGIN: _deepseek}, silent=(CALLS_BEGIN, CALLS_END)), special=True),
-    ),
+    ((CALLS_BEGIN, "```json"), Family("deepseek", _DEEPSEEK, special=True)),
+    ((CALLS_BEGIN,), Family("deepseek-short", _DEEPSEEK, special=True)),
     (
         ("<|start_header_id|>", "parameters"),
         Family("llama", Form(openings={"<|python_tag|>": _to_the_end}, bare=_bare), special=True),

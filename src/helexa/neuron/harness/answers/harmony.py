@@ -15,7 +15,7 @@ from typing import Any, Final
 from helexa.neuron.harness.answers import calls
 from helexa.neuron.harness.answers.machine import Told
 from helexa.neuron.harness.answers.pieces import Piece, Tools, new_call_id
-from helexa.neuron.harness.answers.scanning import first_of, may_begin
+from helexa.neuron.harness.answers.scanning import JsonEnd, NotJson, first_of, may_begin
 
 START: Final = "<|start|>"
 MESSAGE: Final = "<|message|>"
@@ -47,6 +47,8 @@ class HarmonyParser:
         self._name = ""
         self._raw = ""  # the head of the message, for a call that is none
         self._arguments: list[str] = []
+        self._object: JsonEnd | None = None  # of streamed arguments
+        self._is_over = False
         self._step: Callable[[], Any] = self._head
         begun = prompt.rpartition(START)[2]
         if MESSAGE in begun:
@@ -87,6 +89,8 @@ class HarmonyParser:
         name = to.group(1).removeprefix(_FUNCTIONS) if to is not None else ""
         self._raw = head + MESSAGE
         self._arguments = []
+        self._object = None
+        self._is_over = False
         self._step = self._message
         if name in self._tools:
             self._name = name
@@ -128,9 +132,26 @@ class HarmonyParser:
         elif self._kind == "content":
             self._told.content(text)
         elif self._kind == "streamed":
-            self._told.arguments(text)
+            self._stream_arguments(text)
         else:
             self._arguments.append(text)
+
+    def _stream_arguments(self, text: str) -> None:
+        """As much of it as belongs to the arguments' object."""
+        if self._object is None:
+            text = text.lstrip()
+            if not text.startswith("{"):
+                return
+            self._object = JsonEnd()
+        if self._is_over:
+            return
+        try:
+            end = self._object.feed(text)
+        except NotJson:
+            end = 0
+        self._is_over = end >= 0
+        if shown := text if end < 0 else text[:end]:
+            self._told.arguments(shown)
 
     def _close(self) -> None:
         if self._kind == "call":
