@@ -31,6 +31,9 @@ class Letters:
     def encode(self, text: str, add_special_tokens: bool = True) -> Any:
         return SimpleNamespace(ids=[*([1] if add_special_tokens else []), *(ord(c) % VOCABULARY for c in text)])
 
+    def get_added_tokens_decoder(self) -> dict[int, Any]:
+        return {}
+
 
 class Roles:
     """A chat template of `role:content|` for each message; knows no tools."""
@@ -105,10 +108,12 @@ class Host:
 
 
 @contextmanager
-def host(engine: PlayedEngine, *, template: Any = Roles, counts: bool = False) -> Iterator[Host]:
+def host(
+    engine: PlayedEngine, *, template: Any = Roles, counts: bool = False, context: int = CONTEXT
+) -> Iterator[Host]:
     with tempfile.TemporaryDirectory(prefix="helexa-test-") as folder:
-        prompts = Prompts(Letters(), template(), model="tiny", context=CONTEXT, merges_system=False)
-        desk = Desk(prompts, model="tiny", context=CONTEXT, slots=4, vocabulary=VOCABULARY)
+        prompts = Prompts(Letters(), template(), model="tiny", context=context, merges_system=False)
+        desk = Desk(prompts, model="tiny", context=context, slots=4, vocabulary=VOCABULARY)
         socket = Path(folder) / "s"
         server = SocketServer(desk, None if counts else engine, socket=socket, api_key=KEY)
         server.start()

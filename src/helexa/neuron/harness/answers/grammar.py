@@ -94,20 +94,28 @@ def call_grammar(
     forced: bool,
     parallel: bool = True,
     opened: bool = False,
+    answer: Mapping[str, Any] | None = None,
+    strict: bool = False,
 ) -> str | None:
-    """parallel: several calls may be made. opened: the prompt ends within thoughts. None: this family's text cannot be
-    held only where it calls."""
+    """parallel: several calls may be made. opened: the prompt ends within thoughts. answer: a schema of what the model
+    may write in place of calls. strict: what begins like a call is one, where no mark tells.
+    None: this family's text cannot be held only where it calls."""
     written = _WRITTEN.get(family.name, _BARE)
-    if not forced and written.trigger not in marks:
+    marked = written.trigger in marks
+    if not (forced or marked or (strict and written.trigger is None)):
         return None
     rules = _Rules(marks)
     calls = rules.calls(family, written, tools, parallel=parallel)
+    if answer is not None:
+        calls = rules.either(calls, answer, in_channel=family.name == "harmony")
     if family.name == "harmony":
         rules.harmony(calls, forced=forced)
     elif forced:
         rules.forced(family, calls, opened=opened)
-    else:
+    elif marked:
         rules.lazy(family, calls, opened=opened)
+    else:
+        rules.bare(family, calls, opened=opened)
     return rules.text()
 
 
@@ -167,6 +175,19 @@ class _Rules:
     def lazy(self, family: Family, calls: str, *, opened: bool) -> None:
         assert family.form.think is not None
         self._add("start", f"{self._thoughts(family, opened=opened)} TEXT ({calls} BLANK)?")
+
+    def bare(self, family: Family, calls: str, *, opened: bool) -> None:
+        """A call is what begins with a bracket."""
+        self._lines.append(r"WORDS: /([^{\s](.|\n)*)?/")
+        thoughts = f"{self._thoughts(family, opened=opened)} " if opened or self._thinks_in_tokens(family) else ""
+        self._add("start", f"{thoughts}({calls} | WORDS)")
+
+    def _thinks_in_tokens(self, family: Family) -> bool:
+        return family.form.think is not None and family.form.think[0] in self._marks
+
+    def either(self, calls: str, answer: Mapping[str, Any], *, in_channel: bool) -> str:
+        before = f'{self._terms("<|channel|>")} "final" {self._terms("<|message|>")} ' if in_channel else ""
+        return self._add("either", f"{calls} | {before}{_json(answer)}")
 
     def harmony(self, calls: str, *, forced: bool) -> None:
         message = [self._terms(part) for part in ("<|channel|>", "<|message|>", "<|end|>", "<|start|>assistant")]

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
+from helexa.neuron.harness.answers.pieces import CallArguments, CallStarted, Content, Piece, Reasoning
 from helexa.neuron.harness.torch.logprobs import CompletionLogprobs, chat_logprobs
-from helexa.neuron.harness.torch.pieces import CallArguments, CallStarted, Content, Piece, Reasoning
 from helexa.neuron.harness.torch.request import Event, Failed, Finished, Progress, Text, Timings, TokenLogprob
 
 Chunk = dict[str, Any]

@@ -15,6 +15,7 @@ from helexa.core.errors import BadRequest, ContextLengthExceeded, HelexaError
 from helexa.neuron.harness import openai_fields as fields
 from helexa.neuron.harness import system_messages
 from helexa.neuron.harness.abilities import knows_tools
+from helexa.neuron.harness.templates import conversation
 from helexa.neuron.harness.tools_as_text import messages_with_tools, needs_text
 
 Message = dict[str, Any]
@@ -58,11 +59,16 @@ class Prompts:
         self._model = model
         self._context = context
         self._knows_tools = template is not None and knows_tools(template.text)
+        self._wants_nine = template is not None and conversation.wants_nine(template.text)
         self._merges_system = self._probe() if merges_system is None else merges_system
 
     def of_chat(self, body: bytes, asked: fields.ChatRequest) -> tuple[int, ...]:
         """body: what `asked` was read from. Raises what the request would be refused with."""
-        return self._within(self._encode(self.render(body, asked), special=False), "messages")
+        return self.of_rendered(self.render(body, asked))
+
+    def of_rendered(self, text: str) -> tuple[int, ...]:
+        """text: from `render`. Raises ContextLengthExceeded."""
+        return self._within(self._encode(text, special=False), "messages")
 
     def count_chat(self, body: bytes, asked: fields.ChatRequest) -> int:
         """Also of a prompt that is too long."""
@@ -125,6 +131,8 @@ class Prompts:
             message = {**message, "content": "\n".join(part["text"] for part in content)}
         if message["role"] == "developer" and "developer" not in self.template.text:
             message = {**message, "role": "system"}
+        if message.get("tool_calls") or message["role"] == "tool":
+            message = conversation.with_mappings(message, nine=self._wants_nine)
         return message
 
     def _probe(self) -> bool:
@@ -142,8 +150,8 @@ def _values(raw: Message, asked: fields.ChatRequest) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if asked.reasoning_effort is not None:
         values["reasoning_effort"] = asked.reasoning_effort
-    if asked.reasoning_effort in _NO_THOUGHTS or raw.get("thinking_budget_tokens") == 0:
-        values["enable_thinking"] = False
+    if asked.reasoning_effort in _NO_THOUGHTS or raw.get("thinking_budget_tokens") == 0 or asked.forced_tool:
+        values |= {"enable_thinking": False, "thinking": False}  # Qwen's and SmolLM3's name; DeepSeek's and Granite's
     return values | (asked.chat_template_kwargs or {})
 
 

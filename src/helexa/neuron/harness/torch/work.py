@@ -19,7 +19,7 @@ from helexa.neuron.harness.torch.asked import Defaults, Samplers
 from helexa.neuron.harness.torch.chunks import Answer, ChatChoice, Choice, CompletionChoice
 from helexa.neuron.harness.torch.prompts import Prompts
 from helexa.neuron.harness.torch.request import Embedded, Event, Failed, Finished, Grammar, Request
-from helexa.neuron.harness.torch.speech import speech_for
+from helexa.neuron.harness.torch.speech import Speaker
 
 Prompt = tuple[int, ...]
 
@@ -53,6 +53,8 @@ class Desk:
     ) -> None:
         self.model = model
         self._prompts = prompts
+        template = prompts.template.text if prompts.template is not None else None
+        self._speaker = Speaker.of(template, prompts.tokenizer)
         self._context = context
         self._slots = slots
         self._vocabulary = vocabulary
@@ -63,8 +65,9 @@ class Desk:
         """Raises HelexaError for what cannot be served."""
         asked = fields.read_chat(body, max_choices=self._slots, context=self._context)
         samplers = reading.read_samplers(body)
-        prompt = self._prompts.of_chat(body, asked)
-        speech = speech_for(self._prompts.template, asked)
+        text = self._prompts.render(body, asked)
+        prompt = self._prompts.of_rendered(text)
+        speech = self._speaker.speech(asked, text)
         top = (asked.top_logprobs or 0) if asked.logprobs else None
         n = asked.n or 1
 
