@@ -1,4 +1,5 @@
-"""The openai SDK against the real thing: cortex, neuron, engine and two models, all of them processes of their own."""
+"""The openai SDK against the real thing: cortex, neuron, an engine of either harness and two models, all of them
+processes of their own."""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ from tests.helpers.gateway import PATIENT, cortex_process
 from tests.helpers.models import gemma, smollm2
 from tests.helpers.neuron_daemon import Daemon, neuron
 from tests.helpers.published import checked
+from tests.helpers.safetensors_models import smollm2 as safetensors_smollm2
+from tests.helpers.torch_serving import need_torch
 
 ASK: dict[str, Any] = {
     "model": "small",  # the alias: it need not be rewritten anywhere on the way
@@ -57,6 +60,7 @@ source = "{smollm2}"
 context = 1024
 slots = 4
 threads = 2
+{more}
 
 [[models]]
 id = "gemma"
@@ -91,11 +95,17 @@ class Site:
         return sum(float(line.rpartition(" ")[2]) for line in found)
 
 
-@pytest.fixture(scope="module", params=["process", "none"])
+@pytest.fixture(scope="module", params=["process", "none", "torch", "torch on two ranks"])
 def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """process, none: how a GGUF is isolated. torch: the same model of safetensors, on a node that isolates nothing."""
     folder: Path = tmp_path_factory.mktemp("site")
-    models = CATALOGUE.format(smollm2=smollm2(), gemma=gemma())
-    settings = f'isolation = "{request.param}"'
+    source, more = smollm2(), ""
+    if request.param.startswith("torch"):
+        need_torch()
+        source = safetensors_smollm2()
+        more = "tensor_parallel = 2" if request.param.endswith("ranks") else ""
+    models = CATALOGUE.format(smollm2=source, gemma=gemma(), more=more)
+    settings = f'isolation = "{"process" if request.param == "process" else "none"}"'
     with (
         neuron(folder, settings) as node,
         cortex_process(folder, {"local": node.url}, toml=PATIENT, models=models) as gateway,

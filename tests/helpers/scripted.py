@@ -48,6 +48,7 @@ from helexa.neuron.harness.base import (
     CACHE_BLOCK,
     CacheFailed,
     FreeDevice,
+    Harness,
     ModelFacts,
     ModelFiles,
     Plan,
@@ -171,6 +172,9 @@ class ScriptedHarness:
 
     def counting_spec(self, plan: Plan, socket: Path, api_key: str) -> dict[str, Any]:
         return {**self.host_spec(plan, socket, api_key), "counts": True}
+
+    def counter(self) -> Harness:
+        return self
 
     def counting_mb(self, plan: Plan) -> int:
         return COUNTING_MB

@@ -12,15 +12,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import pytest
 
 from helexa.core import sse
 from helexa.core.relay.upstream import Answer, Upstream
+from helexa.neuron.harness.torch import TorchHarness
 from helexa.neuron.harness.torch.prompts import Prompts
 from helexa.neuron.harness.torch.request import Emit, Event, Finished, Progress, Request, Text, Timings, Usage
 from helexa.neuron.harness.torch.server import SocketServer
 from helexa.neuron.harness.torch.work import Desk
 
 KEY = "secret"
+
+
+def need_torch() -> None:
+    """Skips where the torch harness cannot run."""
+    if (why := TorchHarness().why_not()) is not None:
+        pytest.skip(why)
+
+
 CONTEXT = 256
 VOCABULARY = 128
 

@@ -157,11 +157,11 @@ class Counters:
 
     async def _start(self, counter: _Counter, harness: Harness, plan: Plan) -> None:
         key = secrets.token_urlsafe(24)
-        host = counter.host = await self._hosts.take(
-            counter.model_id, reference(harness), own_process=harness.own_process
-        )
+        counts = harness.counter()
+        name = reference(counts)
+        host = counter.host = await self._hosts.take(counter.model_id, name, own_process=counts.own_process)
         spec = harness.counting_spec(plan, host.socket, key)
-        await host.load(reference(harness), spec, 0, lambda fraction: None)
+        await host.load(name, spec, 0, lambda fraction: None)
         headers = {"authorization": f"Bearer {key}"}
         counter.upstream = Upstream(counter.model_id, f"unix:{host.socket}", headers=headers, max_idle=CONNECTIONS)
 

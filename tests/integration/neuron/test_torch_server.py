@@ -59,7 +59,8 @@ def test_an_answer_in_one_piece(playing: Host) -> None:
     assert answer["choices"] == [
         {
             "index": 0,
-            "message": {"role": "assistant", "content": "Hello"},
+            "message": {"role": "assistant", "content": "Hello", "refusal": None},
+            "logprobs": None,
             "finish_reason": "stop",
             "stop_reason": None,
         }
@@ -134,6 +135,12 @@ def test_a_prompt_of_tokens_is_taken_as_it_is(playing: Host) -> None:
     ask(playing, {"prompt": [5, 6, 7]}, COMPLETIONS)
     ask(playing, {"prompt": [[5], [6, 7]]}, COMPLETIONS)
     assert [a.request.prompt for a in playing.engine.asked] == [(5, 6, 7), (5,), (6, 7)]
+
+
+def test_a_window_of_no_tokens_turns_the_repetition_penalty_off(playing: Host) -> None:
+    for window in (0, 64):
+        ask(playing, {"messages": USER, "repetition_penalty": 1.5, "repeat_last_n": window})
+    assert [a.request.sampling.repetition_penalty for a in playing.engine.asked] == [1.0, 1.5]
 
 
 def test_what_a_request_says_of_sampling_reaches_the_engine(playing: Host) -> None:
@@ -270,6 +277,10 @@ def test_who_has_no_key_is_refused_and_health_is_for_everybody(playing: Host) ->
     assert ask(playing, {"messages": USER}, key="guess").status == 401
     assert ask(playing, {}, "/health", key="guess").status == 200
     assert ask(playing, {}, "/v1/nothing").status == 404
+
+
+def test_a_suffix_is_refused_where_the_model_has_no_tokens_for_it(playing: Host) -> None:
+    assert error_of(ask(playing, {"prompt": "a", "suffix": "b"}, COMPLETIONS))["param"] == "suffix"
 
 
 # failures

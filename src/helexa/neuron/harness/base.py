@@ -180,6 +180,9 @@ class Harness(Protocol):
     def counting_spec(self, plan: Plan, socket: Path, api_key: str) -> dict[str, Any]:
         """The same for a host that only counts tokens: tokenizer and template of the plan's model, no weights."""
 
+    def counter(self) -> Harness:
+        """Whose host serves a counting_spec: itself, or one that imports less."""
+
     def counting_mb(self, plan: Plan) -> int:
         """The host's memory that such a host takes."""
 

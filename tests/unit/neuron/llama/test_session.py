@@ -18,8 +18,8 @@ from tests.helpers.wires import split
 
 from helexa.core.errors import BadRequest, UnsupportedModality, WrongTask
 from helexa.core.relay.upstream import Answer, Upstream
+from helexa.neuron.harness import infill
 from helexa.neuron.harness.base import Prepared
-from helexa.neuron.harness.llama import infill
 from helexa.neuron.harness.llama.mends_embeddings import Cut
 
 MESSAGES = [{"role": "user", "content": "hi"}]

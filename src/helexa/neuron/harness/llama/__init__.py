@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from helexa.core.lifecycle import LoadRequest
-from helexa.neuron.harness.base import FreeDevice, ModelFacts, ModelFiles, Plan, PromptCache, Session
+from helexa.neuron.harness.base import FreeDevice, Harness, ModelFacts, ModelFiles, Plan, PromptCache, Session
 
 if TYPE_CHECKING:
     from helexa.neuron.harness.llama.engine import Engine
@@ -65,6 +65,9 @@ class LlamaHarness:
 
         spec = self.host_spec(plan, socket, api_key)
         return {**spec, "projector": None, "draft": None, "lora": [], "options": plan.extra | OPTIONS, "counts": True}
+
+    def counter(self) -> Harness:
+        return self
 
     def counting_mb(self, plan: Plan) -> int:
         from helexa.neuron.harness.llama.vocabulary import host_mb

@@ -17,11 +17,11 @@ import msgspec
 from helexa.core.errors import BadRequest, HelexaError
 from helexa.core.relay.contract import Exchange
 from helexa.core.relay.upstream import Upstream
+from helexa.neuron.harness import infill, openai_lists, openai_parts, openai_tasks, system_messages
 from helexa.neuron.harness import openai_fields as fields
-from helexa.neuron.harness import openai_lists, openai_parts, openai_tasks, system_messages
 from helexa.neuron.harness.base import Plan, Prepared
 from helexa.neuron.harness.collect import Collector
-from helexa.neuron.harness.llama import infill, refusals
+from helexa.neuron.harness.llama import refusals
 from helexa.neuron.harness.llama.geometry import Geometry
 from helexa.neuron.harness.llama.mends import AnswerMend, Echo, Reasoning, RerankMend, Step, Stops, TopLogprobs, Usages
 from helexa.neuron.harness.llama.mends_embeddings import Cut

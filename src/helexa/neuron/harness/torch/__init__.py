@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from helexa.core.lifecycle import LoadRequest
-from helexa.neuron.harness.base import FreeDevice, ModelFacts, ModelFiles, Plan, PromptCache, Session
+from helexa.neuron.harness.base import FreeDevice, Harness, ModelFacts, ModelFiles, Plan, PromptCache, Session
 
 if TYPE_CHECKING:
     from helexa.neuron.harness.torch.host import TorchHost
 
 NEEDS: Final = ("torch", "tokenizers", "jinja2", "safetensors", "llguidance")
-COUNTING_MB: Final = 90  # interpreter, templates and tokenizer; and twice the tokenizer's file
+COUNTING_MB: Final = 50  # interpreter, templates and tokenizer; and five times the tokenizer's file
 
 
 class TorchHarness:
@@ -59,10 +59,13 @@ class TorchHarness:
     def counting_spec(self, plan: Plan, socket: Path, api_key: str) -> dict[str, Any]:
         return self.host_spec(plan, socket, api_key) | {"counts": True}
 
+    def counter(self) -> Harness:
+        return TorchCounter()
+
     def counting_mb(self, plan: Plan) -> int:
         from helexa.neuron.harness.torch.facts import TOKENIZER, folder_of
 
-        return COUNTING_MB + 2 * ((folder_of(plan.files) / TOKENIZER).stat().st_size >> 20)
+        return COUNTING_MB + 5 * ((folder_of(plan.files) / TOKENIZER).stat().st_size >> 20)
 
     def warm(self) -> None:
         from helexa.neuron.harness.torch.host import warm
@@ -81,3 +84,12 @@ class TorchHarness:
 
     def prompt_cache(self, plan: Plan) -> PromptCache | None:
         return None
+
+
+class TorchCounter(TorchHarness):
+    """For hosts that only count: torch is never imported there."""
+
+    def warm(self) -> None:
+        from helexa.neuron.harness.torch.host import warm_prompts
+
+        warm_prompts()

@@ -81,6 +81,8 @@ def read_samplers(body: bytes) -> Samplers:
 
 def sampling(asked: fields.Generation, samplers: Samplers, defaults: Defaults, *, vocabulary: int) -> Sampling:
     penalty = samplers.repeat_penalty if samplers.repeat_penalty is not None else samplers.repetition_penalty
+    if asked.repeat_last_n == 0:  # over no token; any other window is all of prompt and answer here
+        penalty = 1.0
     return Sampling(
         temperature=_or(asked.temperature, defaults.temperature),
         top_k=max(0, int(_or(samplers.top_k, defaults.top_k))),

@@ -9,20 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
-from helexa.neuron.harness.answers.pieces import CallArguments, CallStarted, Content, Piece, Reasoning
+from helexa.neuron.harness.answers.pieces import CallArguments, CallStarted, Content, Parser, Piece, Reasoning
 from helexa.neuron.harness.torch.logprobs import CompletionLogprobs, chat_logprobs
 from helexa.neuron.harness.torch.request import Event, Failed, Finished, Progress, Text, Timings, TokenLogprob
 
 Chunk = dict[str, Any]
-
-
-class Parser(Protocol):
-    """What a model writes, taken apart into thoughts, text and calls."""
-
-    def feed(self, text: str) -> Sequence[Piece]: ...
-
-    def end(self) -> Sequence[Piece]:
-        """The answer ended, of itself or by its length."""
 
 
 class Choice(Protocol):
@@ -71,7 +62,7 @@ class ChatChoice:
     def _choice(self, delta: Chunk, reason: str | None = None) -> Chunk:
         choice: Chunk = {"finish_reason": reason, "index": self._index, "delta": delta}
         if self._told:
-            choice["logprobs"] = {"content": chat_logprobs(self._told, self._top or 0)}
+            choice["logprobs"] = {"content": chat_logprobs(self._told, self._top or 0), "refusal": None}
             self._told = []
         return choice
 

@@ -35,11 +35,15 @@ class Closes(Protocol):
 def warm() -> None:
     """Import the engine, so that a load does not pay for it."""
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # the order in which discovery counts
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would stand in the way of a step's
-    import jinja2  # noqa: F401
+    warm_prompts()
     import llguidance  # noqa: F401
-    import tokenizers  # noqa: F401
     import torch  # noqa: F401
+
+
+def warm_prompts() -> None:
+    """The part of it that renders and counts."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would stand in the way of a step's
+    import tokenizers  # noqa: F401
 
 
 class TorchHost:
@@ -64,14 +68,7 @@ def serve(spec: dict[str, Any], progress: Callable[[float], None]) -> TorchHost:
         raise RuntimeError(f"the socket's path is too long ({socket}): set run_dir to a shorter one")
     progress(0.0)
     config = read_config(folder)
-    tokenizer = _tokenizer(folder)
-    prompts = Prompts(
-        tokenizer,
-        _template(folder, spec),
-        model=model,
-        context=spec["context"],
-        merges_system=spec["merge_system"],
-    )
+    prompts = prompts_of(spec)
     desk = Desk(
         prompts,
         model=model,
@@ -81,7 +78,7 @@ def serve(spec: dict[str, Any], progress: Callable[[float], None]) -> TorchHost:
         defaults=read_defaults(_bytes(folder / "generation_config.json")),
         pooling=spec["pooling"],
     )
-    engine = None if spec["counts"] else _engine(spec, config, tokenizer, progress)
+    engine = None if spec["counts"] else _engine(spec, config, prompts.tokenizer, progress)
     server = SocketServer(desk, engine, socket=socket, api_key=spec["api_key"])
     try:
         server.start()
@@ -91,6 +88,18 @@ def serve(spec: dict[str, Any], progress: Callable[[float], None]) -> TorchHost:
         raise
     progress(1.0)
     return TorchHost(server, engine)
+
+
+def prompts_of(spec: dict[str, Any]) -> Prompts:
+    """Of the model in spec["folder"]. Raises RuntimeError with a reason."""
+    folder = Path(spec["folder"])
+    return Prompts(
+        _tokenizer(folder),
+        _template(folder, spec),
+        model=spec["model_id"],
+        context=spec["context"],
+        merges_system=spec.get("merge_system"),
+    )
 
 
 def _engine(spec: dict[str, Any], config: ModelConfig, tokenizer: Any, progress: Callable[[float], None]) -> Any:

@@ -13,7 +13,7 @@ from helexa.neuron.harness.torch.layout import weight_bytes
 from helexa.neuron.tp.partition import Share
 
 MB: Final = 1 << 20
-HOST_BYTES: Final = 330 * MB  # interpreter, torch, its threads, tokenizer
+HOST_BYTES: Final = 400 * MB  # interpreter, torch, its threads, tokenizer, packed weights
 CUDA_BYTES: Final = 600 * MB  # a CUDA context, cuBLAS and its workspace
 COLLECTIVE_BYTES: Final = 16 * MB
 KV_ELEMENT: Final = {"f32": 4, "bf16": 2, "f16": 2, "int8": 2}  # int8 weights compute in bf16

@@ -12,8 +12,8 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from helexa.core.errors import BadRequest, ContextLengthExceeded, HelexaError
+from helexa.neuron.harness import infill, system_messages
 from helexa.neuron.harness import openai_fields as fields
-from helexa.neuron.harness import system_messages
 from helexa.neuron.harness.abilities import knows_tools
 from helexa.neuron.harness.templates import conversation
 from helexa.neuron.harness.tools_as_text import messages_with_tools, needs_text
@@ -85,8 +85,6 @@ class Prompts:
         if needs_text(asked) and not self._knows_tools:
             messages = msgspec.json.decode(messages_with_tools(msgspec.json.encode(messages), asked))
             tools = []
-        if asked.tool_choice == "none":
-            tools = []
         return self.template.render(
             [self._shown(message) for message in messages],
             tools=tools or None,
@@ -96,10 +94,24 @@ class Prompts:
 
     def of_completion(self, asked: fields.CompletionRequest) -> list[tuple[int, ...]]:
         """One for each prompt."""
+        if asked.suffix:
+            return [self._within(self._filled_in(asked), "prompt")]
         return [self._within(tokens, "prompt") for tokens in self._each(asked.prompt)]
 
     def of_embedding(self, asked: fields.EmbeddingRequest) -> list[tuple[int, ...]]:
         return [self._within(tokens, "input") for tokens in self._each(asked.input)]
+
+    def _filled_in(self, asked: fields.CompletionRequest) -> tuple[int, ...]:
+        """Prompt and suffix as the one text that the model was trained to fill in."""
+        marks = next((marks for marks, text in infill.probes() if infill.has(self._encode(text, special=False))), None)
+        if marks is None:
+            raise BadRequest(
+                f"`suffix` is not supported by {self._model}: it has no tokens for filling in between two texts.",
+                param="suffix",
+            )
+        assert isinstance(asked.prompt, str)
+        assert asked.suffix is not None
+        return self._encode(marks.prompt(asked.prompt, asked.suffix), special=True)
 
     def _each(self, asked: str | list[Any] | None) -> list[tuple[int, ...]]:
         assert asked is not None

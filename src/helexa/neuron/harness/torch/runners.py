@@ -37,7 +37,8 @@ def open_runner(
         runner = load_ranked(told, group, progress=progress, started=report.ranks, on_failed=on_failed)
     watched = WatchedRunner(runner, report)
     try:
-        watched.step(Step([Row(0, 0, [0])]))  # what is slow the first time, and what fails at once
+        # What is slow the first time, and what fails at once. Embedding models have no head.
+        watched.step(Step([Row(0, 0, [0])], hidden=config.pooling is not None))
         watched.step(Step([], drops=[0]))
     except StepFailed as err:
         watched.close()

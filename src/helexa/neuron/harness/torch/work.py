@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from helexa.core.errors import BadRequest
 from helexa.neuron.harness import openai_fields as fields
 from helexa.neuron.harness.torch import asked as reading
 from helexa.neuron.harness.torch.asked import Defaults, Samplers
@@ -83,12 +82,6 @@ class Desk:
     def completion(self, body: bytes) -> Generation:
         asked = fields.read_completion(body, max_choices=self._slots, context=self._context)
         samplers = reading.read_samplers(body)
-        if asked.suffix:
-            raise BadRequest(
-                f"`suffix` is not supported by {self.model}'s engine (torch); write the model's own tokens for filling "
-                "in into the prompt.",
-                param="suffix",
-            )
         prompts = self._prompts.of_completion(asked)
         n = asked.n or 1
         echoes = [text for text in asked.texts or () for _ in range(n)] if asked.echo else [""] * (n * len(prompts))
@@ -103,7 +96,7 @@ class Desk:
     def embedding(self, body: bytes) -> Embedding:
         asked = fields.read_embedding(body)
         pooling = self._pooling or "last"
-        requests = [Request(prompt, max_tokens=0, pooling=pooling) for prompt in self._prompts.of_embedding(asked)]
+        requests = [Request(prompt, pooling=pooling) for prompt in self._prompts.of_embedding(asked)]
         return Embedding(requests, self.model, base64=asked.encoding_format == "base64", dimensions=asked.dimensions)
 
     def count(self, body: bytes) -> int:
