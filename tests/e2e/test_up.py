@@ -20,6 +20,8 @@ import pytest
 from openai import OpenAI
 from tests.helpers.gateway import environment
 from tests.helpers.models import smollm2
+from tests.helpers.safetensors_models import random_model
+from tests.helpers.torch_serving import need_torch
 
 pytestmark = pytest.mark.timeout(300)
 START_S = 120.0
@@ -190,3 +192,17 @@ def test_a_taken_port_is_named(short: Path) -> None:
             assert running.process.wait(20) == 2
             assert f"port {port} on 127.0.0.1 is taken" in "".join(running.err)
             assert running.out == []
+
+
+def test_a_folder_with_safetensors_is_served_too(short: Path) -> None:
+    need_torch()
+    with up(short, str(random_model("qwen3"))) as running:
+        with OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            (model,) = client.models.list()
+            assert model.id == "qwen3"
+            answer = client.completions.create(model="qwen3", prompt="x", max_tokens=2)
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens > 0
+        family = running.family()
+        assert running.end(signal.SIGTERM) == 0
+        assert_gone(family, 5)
