@@ -61,7 +61,18 @@ def test_logits_are_the_references_at_every_position_however_the_prompt_is_cut(f
         assert_same(answers(shard, reference.tokens, cuts, hidden), reference, EQUAL_WITHIN)
 
 
-def split(folder: Path, comm: Path, weights: Sequence[float], do: Any) -> list[Any]:
+@pytest.mark.parametrize("family", ["llama-biased", "qwen3", "gemma3", "mixtral", "qwen3-embedding"])
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "int8"])
+def test_narrower_weights_answer_nearly_as_the_reference(family: str, dtype: str) -> None:
+    reference = models.reference(family)
+    shard = load_shard(whole_model(folder_of(family), dtype=dtype), None)
+    for cuts in ([40, 41, 42], list(range(90, 100))):
+        got = answers(shard, reference.tokens, cuts, shard.config.pooling is not None)
+        off = (got - reference.logits).abs().median() / reference.logits.std()
+        assert off < 0.05
+
+
+def split(folder: Path, comm: Path, weights: Sequence[float], do: Any, dtype: str = "f32") -> list[Any]:
     """do(shard) of each rank, on a thread of its own, over one shared mapping."""
     world = len(weights)
     shares = list(partition(read_config(folder).shape, world, weights))
@@ -70,7 +81,7 @@ def split(folder: Path, comm: Path, weights: Sequence[float], do: Any) -> list[A
     def one(rank: int) -> Any:
         group = ShmCollective(made, rank, world, timeout_s=60)
         try:
-            return do(load_shard(ShardSpec(str(folder), rank, world, shares, "f32", "cpu", 1), group))
+            return do(load_shard(ShardSpec(str(folder), rank, world, shares, dtype, "cpu", 1), group))
         finally:
             group.close()
 
@@ -100,6 +111,18 @@ def test_ranks_together_give_the_references_logits(tmp_path: Path, family: str, 
     first, *others = split(folder_of(family), tmp_path, weights, do)
     assert others == [None] * len(others)
     assert_same(first, reference, SPLIT_WITHIN)
+
+
+def test_ranks_of_odd_widths_share_eight_bit_weights(tmp_path: Path) -> None:
+    reference = models.reference("llama-biased")
+    shares = partition(read_config(folder_of("llama-biased")).shape, 2)
+    assert shares[1].mlp.size % 32  # 200 columns are dealt out as 128 and 72
+
+    def do(shard: Shard) -> Any:
+        return answers(shard, reference.tokens, [40, 41, 42], hidden=False)
+
+    first, _ = split(folder_of("llama-biased"), tmp_path, [1, 1], do, dtype="int8")
+    assert (first - reference.logits).abs().median() / reference.logits.std() < 0.05
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3", "mixtral"])

@@ -73,6 +73,12 @@ def test_bytes_are_those_of_the_tensors() -> None:
     (whole,) = partition(model.shape, 1)
     attention, mlp, norms = 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 200, 64 * 2
     linear = 2 * (attention + mlp)
-    assert weight_bytes(model, whole, "f32") == 4 * (1000 * 64 + linear + 2 * norms + 64)
-    assert weight_bytes(model, whole, "bf16") == 2 * (1000 * 64 + linear) + 4 * (2 * norms + 64)
+    small = 4 * (2 * norms + 64)
+    table = 1000 * 64  # of the embedding, and of the head that is the same
+    assert weight_bytes(model, whole, "f32", on_gpu=True) == 4 * (table + linear) + small
+    assert weight_bytes(model, whole, "bf16", on_gpu=True) == 2 * (table + linear) + small
+    assert weight_bytes(model, whole, "f32") == 4 * (2 * table + linear) + small
+    assert weight_bytes(model, whole, "int8") == 2 * table + table + linear + small
+    narrow = config(4, 2, tie_word_embeddings=True, torch_dtype="bfloat16")
+    assert weight_bytes(narrow, whole, "f32") == 2 * table + 4 * (table + linear) + small
     assert model.kv_bytes_per_token(whole, 4) == 2 * 2 * 2 * 16 * 4

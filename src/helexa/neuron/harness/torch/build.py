@@ -6,11 +6,11 @@ from typing import Final
 
 import torch
 
-from helexa.neuron.harness.torch.config import ModelConfig, heads_of
+from helexa.neuron.harness.torch.config import ModelConfig, Unsupported, heads_of
 from helexa.neuron.harness.torch.decoder import Block, Decoder, Summer
 from helexa.neuron.harness.torch.experts import Mlp, RoutedMlp
 from helexa.neuron.harness.torch.layout import expert_names, router_name
-from helexa.neuron.harness.torch.linear import Linear, make_linear
+from helexa.neuron.harness.torch.linear import Dense, Linear, make_linear
 from helexa.neuron.harness.torch.rope import paired
 from helexa.neuron.harness.torch.weights import Weights
 from helexa.neuron.tp.partition import Share
@@ -21,29 +21,37 @@ COMPUTE: Final = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.flo
 def build_decoder(
     config: ModelConfig, share: Share, weights: Weights, dtype: str, device: torch.device, summer: Summer | None
 ) -> Decoder:
-    """Raises NotWhole, MemoryError."""
-    builder = _Builder(config, share, weights, COMPUTE[dtype], device, summer is None or summer.rank == 0)
+    """Raises NotWhole, Unsupported, MemoryError."""
+    if dtype == "int8" and device.type != "cpu":
+        raise Unsupported("int8 weights: this engine multiplies with them on CPU only; on a GPU use bf16 or f16")
+    builder = _Builder(config, share, weights, dtype, device, summer is None or summer.rank == 0)
     return builder.decoder(summer)
 
 
 class _Builder:
     def __init__(
-        self, config: ModelConfig, share: Share, weights: Weights, dtype: torch.dtype, device: torch.device, first: bool
+        self, config: ModelConfig, share: Share, weights: Weights, dtype: str, device: torch.device, first: bool
     ) -> None:
         self._config, self._share, self._weights = config, share, weights
-        self._dtype, self._device = dtype, device
+        self._int8 = dtype == "int8"
+        self._dtype, self._device = COMPUTE[dtype], device
+        self._source = torch.float32 if self._int8 else self._dtype  # of matrices, before they are made linear layers
         self._first = first  # the rank that adds the biases of what is summed
         self._heads = heads_of(config, share)
 
     def decoder(self, summer: Summer | None) -> Decoder:
         config = self._config
-        embedding = self._held("embed_tokens.weight")
-        if config.pooling is not None:
-            head = None
-        elif config.tied:
-            head = self._linear(embedding)
-        else:
+        stored = self._weights.read("embed_tokens.weight")
+        head: Linear | None = None
+        if config.pooling is None and not config.tied:
             head = self._linear(self._held("lm_head.weight"))
+        elif config.pooling is None:
+            head = self._linear(stored.to(self._device, self._source, copy=True))
+        if config.tied and isinstance(head, Dense):
+            embedding = head.weight
+        else:  # a table of its own, in what the file has where that is narrower
+            narrow = stored.dtype if stored.dtype.itemsize < self._dtype.itemsize else self._dtype
+            embedding = stored.to(self._device, narrow, copy=True)
         blocks = [self._block(number) for number in range(len(config.layers))]
         norm = self._norm("norm.weight")
         return Decoder(config, self._heads, self._share.vocabulary, embedding, blocks, norm, head, self._dtype, summer)
@@ -68,7 +76,9 @@ class _Builder:
         weight = torch.cat([self._attention_part(f"{at}self_attn.{part}_proj.weight", part) for part in "qkv"])
         bias = None
         if self._config.qkv_bias:
-            bias = torch.cat([self._attention_part(f"{at}self_attn.{part}_proj.bias", part) for part in "qkv"])
+            bias = torch.cat([self._attention_part(f"{at}self_attn.{part}_proj.bias", part) for part in "qkv"]).to(
+                self._dtype
+            )
         return self._linear(weight, bias)
 
     def _attention_part(self, name: str, part: str) -> torch.Tensor:
@@ -92,7 +102,7 @@ class _Builder:
     def _mlp(self, at: str) -> Mlp:
         names = [f"{at}mlp.{part}_proj" for part in ("gate", "up")]
         weight = torch.cat([self._held(f"{name}.weight") for name in names])
-        bias = torch.cat([self._held(f"{name}.bias") for name in names]) if self._config.mlp_bias else None
+        bias = torch.cat([self._small(f"{name}.bias") for name in names]) if self._config.mlp_bias else None
         down = self._summed(f"{at}mlp.down_proj", self._config.mlp_bias)
         return Mlp(self._linear(weight, bias), down, len(weight) // 2, self._config.activation)
 
@@ -104,19 +114,23 @@ class _Builder:
             gate, up, down = (self._held(name) for name in expert_names(config, number, expert))
             both = self._linear(torch.cat([gate, up]))
             experts[expert] = Mlp(both, self._linear(down), config.experts.width, config.activation)
-        return RoutedMlp(config.experts, self._held(router_name(config, number)), experts)
+        return RoutedMlp(config.experts, self._small(router_name(config, number)), experts)
 
     def _summed(self, name: str, biased: bool) -> Linear:
         """A layer whose output is summed over the ranks."""
-        bias = self._held(f"{name}.bias") if biased and self._first else None
+        bias = self._small(f"{name}.bias") if biased and self._first else None
         return self._linear(self._held(f"{name}.weight"), bias)
 
     def _linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-        return make_linear(weight, bias)
+        return make_linear(weight, bias, int8=self._int8)
 
     def _norm(self, name: str) -> torch.Tensor:
         return self._weights.read(name).to(self._device, torch.float32) + self._config.norm_offset
 
     def _held(self, name: str) -> torch.Tensor:
         """A copy: what is read may be a view of the file."""
+        return self._weights.read(name).to(self._device, self._source, copy=True)
+
+    def _small(self, name: str) -> torch.Tensor:
+        """A bias or a router, which no form of weights makes narrower than what is computed in."""
         return self._weights.read(name).to(self._device, self._dtype, copy=True)

@@ -28,6 +28,7 @@ _EXPERT_NAMES: Final = {
     "qwen": ("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
     "mixtral": ("block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2"),
 }
+_STORED_BYTES: Final = {"bfloat16": 2, "float16": 2}
 ELEMENT_BYTES: Final = {"f32": 4, "bf16": 2, "f16": 2, "int8": 1}
 
 
@@ -116,20 +117,20 @@ def full_name(name: str, found: Mapping[str, Stored]) -> str:
     raise NotWhole("tensor model.embed_tokens.weight is in none of the model's files")
 
 
-def weight_bytes(config: ModelConfig, share: Share, dtype: str) -> int:
-    """What the rank with this share holds of weights, in f32, bf16, f16 or int8."""
+def weight_bytes(config: ModelConfig, share: Share, dtype: str, *, on_gpu: bool = False) -> int:
+    """What the rank with this share holds of weights, in f32, bf16, f16 or int8. On a GPU a tied head is its
+    embedding; on a CPU it is packed, and the embedding a table beside it, no wider than the file has it."""
+    table = min(_STORED_BYTES.get(config.stored or "", 4), ELEMENT_BYTES["bf16" if dtype == "int8" else dtype])
     total = 0
     for _, piece in pieces(config, share):
         count = math.prod(piece.held)
         if piece.kind == "small":
             total += count * 4
-        elif dtype != "int8":
+        elif piece.kind == "linear" or on_gpu:
             total += count * ELEMENT_BYTES[dtype]
-        elif piece.kind == "embedding":
-            # Looked up in bf16; a tied head is a copy of its own, in int8.
-            total += count * (3 if config.tied and config.pooling is None else 2)
         else:
-            total += count
+            packed_too = config.tied and config.pooling is None
+            total += count * (table + (ELEMENT_BYTES[dtype] if packed_too else 0))
     return total
 
 

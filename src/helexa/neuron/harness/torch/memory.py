@@ -41,7 +41,7 @@ def need_of(
     """On a GPU the device's memory alone, on a CPU the whole process."""
     base = (CUDA_BYTES if on_gpu else HOST_BYTES) + (COLLECTIVE_BYTES if ranks > 1 else 0)
     return Need(
-        weights=weight_bytes(config, share, dtype),
+        weights=weight_bytes(config, share, dtype, on_gpu=on_gpu),
         kv_per_token=config.kv_bytes_per_token(share, KV_ELEMENT[dtype]),
         overhead=base + compute_bytes(config, share, chunk, rows, 0 if on_gpu else context),
     )

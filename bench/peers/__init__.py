@@ -1,0 +1,1 @@
+"""The torch engine beside others that serve the same weights."""
