@@ -90,7 +90,16 @@ def test_a_forced_call_cut_before_its_name_shows_nothing() -> None:
 
 def test_what_follows_the_arguments_is_no_part_of_them() -> None:
     choice = answer(['{"name": "add", "arguments": {"a": "}"}', "}", "\n", "{"], must=False)
-    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"a": "}"}'
+    (call,) = choice["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"a": "}"}
+
+
+def test_calls_in_a_fence_are_read_and_there_may_be_several() -> None:
+    call = '{"name": "add", "arguments": {"a": 1}}'
+    choice = answer(cut(f"Sure.\n```json\n[{call}, {call}]\n```", [3, 9, 30]), must=False)
+    assert choice["message"]["content"] == "Sure."
+    assert [json.loads(c["function"]["arguments"]) for c in choice["message"]["tool_calls"]] == [{"a": 1}, {"a": 1}]
+    assert len({c["id"] for c in choice["message"]["tool_calls"]}) == 2
 
 
 def test_reasoning_before_a_call_passes() -> None:

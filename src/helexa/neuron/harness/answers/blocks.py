@@ -163,7 +163,7 @@ class JsonCalls(_Steps):
             return None
         if end == -2:
             return self._broken()
-        call = calls.json_call(self._text[:end], self._tools)
+        call = calls.json_call(self._text[:end], self._tools, bare=self._bare)
         if call is not None:
             self._take(end)
         return self._call(call, self._between)

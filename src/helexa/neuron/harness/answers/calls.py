@@ -19,8 +19,9 @@ _CODE_TOOLS: Final = ("python", "ipython", "code_interpreter", "execute_python",
 NamedCall = tuple[str, str]  # name, arguments as the text of a JSON object
 
 
-def json_call(text: str, tools: Tools) -> NamedCall | None:
-    """`{"name": ..., "arguments": {...}}`, or with `parameters`, or with all that below `function`."""
+def json_call(text: str, tools: Tools, *, bare: bool = False) -> NamedCall | None:
+    """`{"name": ..., "arguments": {...}}`, or with `parameters`, or with all that below `function`. bare: nothing says
+    that it is a call but its arguments, which have to be there."""
     value = loads(text)
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"]
@@ -28,6 +29,8 @@ def json_call(text: str, tools: Tools) -> NamedCall | None:
         return None
     name = value.get("name", value.get("function"))
     if not isinstance(name, str) or name not in tools:
+        return None
+    if bare and not any(key in value for key in _ARGUMENTS):
         return None
     arguments: Any = next((value[key] for key in _ARGUMENTS if key in value), {})
     if isinstance(arguments, str):

@@ -133,6 +133,9 @@ _FENCES: Final = {"```tool_code": _fenced, "```tool_call": _fenced, "```json": _
 
 _DEEPSEEK: Final = Form(openings={CALL_BEGIN: _deepseek}, silent=(CALLS_BEGIN, CALLS_END))
 
+BARE: Final = Form(think=None, bare=_bare)
+BARE_OR_FENCED: Final = Form(think=None, openings=_FENCES, bare=_bare)
+
 HARMONY: Final = Family("harmony", Form(think=None), special=True)
 GENERIC: Final = Family("generic", Form(openings=_FENCES, bare=_bare))
 FAMILIES: Final[tuple[tuple[tuple[str, ...], Family], ...]] = (  # marks, all of which the template has; the first fits

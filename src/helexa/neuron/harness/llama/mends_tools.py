@@ -2,28 +2,27 @@
 
 Where a call is forced, a JSON schema makes the model write `{"name": ..., "arguments": {...}}` and nothing else; beside
 a response format it may; where the chat template cannot show tools, tools_as_text describes them and the model may
-write the same. Arguments stream as they come: they are JSON text on the wire as well.
+write the same, or put it into a fence. What it wrote is read by `answers`, as for every harness.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, Final
 
-import msgspec
-
-_SPACE: Final = re.compile(r"\s+")
-_ARGUMENTS: Final = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"]*)"\s*,\s*"arguments"\s*:\s*(?=\{)')
+from helexa.neuron.harness.answers.families import BARE, BARE_OR_FENCED
+from helexa.neuron.harness.answers.machine import TextParser
+from helexa.neuron.harness.answers.pieces import CallArguments, CallStarted, Content, Piece
 
 Chunk = dict[str, Any]
 
 
 class WrittenCalls:
-    """names: the functions that may be called. must: the answer is a call, by grammar; otherwise it may be text."""
+    """names: the functions that may be called. must: the answer is a call, by grammar, and its arguments are told as
+    they come; otherwise it may be text."""
 
     def __init__(self, names: Sequence[str], *, must: bool) -> None:
-        self._starts = tuple('{"name":' + msgspec.json.encode(n).decode() + ',"arguments":{' for n in names)
+        self._tools: Final = dict.fromkeys(names)
         self._must = must
         self._choices: dict[int, _Written] = {}
 
@@ -32,7 +31,7 @@ class WrittenCalls:
         for choice in chunk.get("choices") or ():
             index = choice.get("index", 0)
             if index not in self._choices:
-                self._choices[index] = _Written(self._starts, must=self._must, call_id=_call_id(chunk, index))
+                self._choices[index] = self._begun(_call_id(chunk, index))
             written = self._choices[index]
             delta = choice.get("delta")
             if delta and (text := delta.get("content")):
@@ -51,66 +50,43 @@ class WrittenCalls:
     def end(self) -> Sequence[Chunk]:
         return []
 
+    def _begun(self, call_id: str) -> _Written:
+        form = BARE if self._must else BARE_OR_FENCED
+        parser = TextParser(form, self._tools, stream=self._must, call_id=lambda n: f"{call_id}{n or ''}")
+        return _Written(parser, must=self._must)
+
 
 class _Written:
-    """What one choice has written: undecided, then a call's arguments, or text."""
+    """What one choice has written, as deltas; {} for none."""
 
-    def __init__(self, starts: Sequence[str], *, must: bool, call_id: str) -> None:
-        self._starts = starts
+    def __init__(self, parser: TextParser, *, must: bool) -> None:
+        self._parser = parser
         self._must = must
-        self._call_id = call_id
-        self._held: str | None = ""  # while it may still become a call
-        self._depth = 0  # of the arguments' brackets; 0 outside them
-        self._in_string = False
-        self._escaped = False
         self.called = False
 
     def read(self, text: str) -> dict[str, Any]:
-        """The delta to send for this content; {} for none."""
-        if self.called:
-            return self._call({"arguments": self._arguments(text)}) if self._depth else {}
-        if self._held is None:
-            return {"content": text}
-        self._held += text
-        dense = _SPACE.sub("", self._held)
-        if any(dense.startswith(start) for start in self._starts):
-            match = _ARGUMENTS.match(self._held)
-            assert match is not None  # the same text, its white space aside
-            self.called = True
-            arguments = self._arguments(self._held[match.end() :])
-            head = {"id": self._call_id, "type": "function"}
-            return self._call({"name": match.group(1), "arguments": arguments}, **head)
-        if self._must or any(start.startswith(dense) for start in self._starts):
-            return {}
-        return self.rest()
+        return self._delta(self._parser.feed(text))
 
     def rest(self) -> dict[str, Any]:
-        """Nothing more will make a call of what is held back."""
-        held, self._held = self._held, None
-        return {"content": held} if held and not self.called and not self._must else {}
+        return self._delta(self._parser.end())
 
-    def _call(self, function: dict[str, str], **head: str) -> dict[str, Any]:
-        return {"tool_calls": [{"index": 0, **head, "function": function}]}
-
-    def _arguments(self, text: str) -> str:
-        """As much of `text` as belongs to the arguments' object."""
-        for i, char in enumerate(text):
-            if self._in_string:
-                if self._escaped:
-                    self._escaped = False
-                elif char == "\\":
-                    self._escaped = True
-                elif char == '"':
-                    self._in_string = False
-            elif char == '"':
-                self._in_string = True
-            elif char in "{[":
-                self._depth += 1
-            elif char in "}]":
-                self._depth -= 1
-                if self._depth == 0:
-                    return text[: i + 1]
-        return text
+    def _delta(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        content = ""
+        calls: list[dict[str, Any]] = []
+        for piece in pieces:
+            match piece:
+                case Content(text):
+                    content += text
+                case CallStarted(index, call_id, name):
+                    self.called = True
+                    function = {"name": name, "arguments": ""}
+                    calls.append({"index": index, "id": call_id, "type": "function", "function": function})
+                case CallArguments(index, text):
+                    if not calls or calls[-1]["index"] != index:
+                        calls.append({"index": index, "function": {"arguments": ""}})
+                    calls[-1]["function"]["arguments"] += text
+        told: dict[str, Any] = {"content": content} if content and not self._must else {}  # of a call cut off, say
+        return told | ({"tool_calls": calls} if calls else {})
 
 
 def call_schema(
