@@ -227,7 +227,7 @@ def test_the_largest_are_those_of_a_whole_sort(values: list[float], count: int) 
 @given(logits, st.integers(0, 20))
 def test_logprobs_are_the_logarithm_of_the_softmax(values: list[float], top: int) -> None:
     whole = math.log(math.fsum(math.exp(v) for v in values))
-    got = logprobs_of(row_of([*values, 1e3]), 1, top, [bytes([i]) for i in range(len(values))])
+    got = logprobs_of(row_of(values), 1, top, [bytes([i]) for i in range(len(values))])
     assert math.isclose(got.logprob, values[1] - whole, abs_tol=1e-4)
     assert (got.id, got.data) == (1, b"\x01")
     want = sorted(range(len(values)), key=lambda i: (-values[i], i))[:top]

@@ -205,6 +205,8 @@ class Pool:
     def _adopt(self, slab: Slab, chain: Chain, cached: int, need: int, spare: int) -> Opened | None:
         slab.busy = True
         more = max(0, need - slab.blocks)
+        if slab.blocks > blocks_for(len(chain)):  # room for a block more: it is not moved before the first token
+            more = 0
         if not self._make_room(more, spare):
             slab.busy = False
             return None

@@ -72,8 +72,7 @@ class Handle:
 
 @dataclass(slots=True)
 class Costs:
-    """Since the start. computed_s: within the runner; own_s: the engine's own time on its thread, idle time not
-    counted."""
+    """Since the start. computed_s: within the runner; own_s: processor time of the engine's thread outside it."""
 
     steps: int = 0
     prompt_tokens: int = 0
@@ -107,9 +106,9 @@ class Engine:
             )
         self.limits, self.name, self.costs = limits, name, Costs()
         self.vocabulary = Vocabulary(tokenizer)
-        self._data = (self.vocabulary.data + [b""] * limits.vocabulary)[: limits.vocabulary]  # by id, one for each
+        self._known = min(limits.vocabulary, len(self.vocabulary.data))  # ids that the model and the tokenizer know
         self._runner, self._eos, self._on_failed = runner, frozenset(eos), on_failed
-        self._grammars = Grammars(tokenizer, limits.vocabulary, eos)
+        self._grammars = Grammars(tokenizer, self._known, eos)
         self._scheduler = Scheduler(rows=limits.rows, chunk=limits.chunk, kv_tokens=limits.kv_tokens)
         self._pace = Pace(limits.chunk)
         self._handles: dict[Sequence, Handle] = {}
@@ -152,7 +151,7 @@ class Engine:
             request,
             emit,
             Answer(self.vocabulary, request.stops, special=request.special_text),
-            Chooser(request.sampling, request.prompt, self.limits.vocabulary, seed),
+            Chooser(request.sampling, request.prompt, self._known, seed),
             self._grammars.matcher(request.grammar) if request.grammar is not None else None,
             room if request.max_tokens is None else min(request.max_tokens, room),
         )
@@ -180,7 +179,7 @@ class Engine:
             self._thread.join()
 
     def _check(self, request: Request) -> None:
-        prompt, most = request.prompt, self.limits.vocabulary
+        prompt, most = request.prompt, self._known
         if not prompt:
             raise BadRequest("`prompt` has no tokens; send at least one.", param="prompt")
         if min(prompt) < 0 or max(prompt) >= most:
@@ -205,15 +204,14 @@ class Engine:
     def _run(self) -> None:
         reason = f"{self.name} is being unloaded"
         while self._await_work():
-            began = time.monotonic()
-            computed = self.costs.computed_s
             try:
+                began = time.thread_time()
                 self._step()
+                self.costs.own_s += time.thread_time() - began
             except Exception as err:  # StepFailed, or a fault of ours: nothing that is left can be relied on
                 reason = str(err) or type(err).__name__
                 log.exception("%s can go no further", self.name)
                 break
-            self.costs.own_s += time.monotonic() - began - (self.costs.computed_s - computed)
         self._end(reason)
 
     def _await_work(self) -> bool:
@@ -247,14 +245,15 @@ class Engine:
             handle = self._handles[sequence]
             handle.begun = began
             self._tell_progress(handle)
+        before = time.thread_time()
         try:
             answers = self._runner.step(plan.step)
         except MemoryError as err:
             self._shrink(err)
             return
-        finally:
-            took = time.monotonic() - began
-            self.costs.computed_s += took
+        took = time.monotonic() - began
+        self.costs.own_s -= time.thread_time() - before
+        self.costs.computed_s += took
         self._scheduler.done(plan)
         self._pace.saw(plan.prefill, took)
         self.costs.steps += 1
@@ -300,7 +299,7 @@ class Engine:
         handle.chooser.took(token)
         logprob = None
         if handle.request.logprobs is not None:
-            logprob = logprobs_of(row[: self.limits.vocabulary], token, handle.request.logprobs, self._data)
+            logprob = logprobs_of(row[: self._known], token, handle.request.logprobs, self.vocabulary.data)
         text = handle.answer.feed(token, logprob)
         if text is not None:
             self._emit(handle, text)

@@ -163,7 +163,7 @@ class Limits:
     rows:       requests computed at once
     chunk:      most prompt tokens computed in one step
     kv_tokens:  tokens whose keys and values are kept, over all requests and the prefix cache; at least `context`
-    vocabulary: token ids are under it; the model's logits may be more (padding), and those are never chosen
+    vocabulary: token ids are under it; those that the tokenizer does not know (padding) are refused, and never chosen
     """
 
     context: int

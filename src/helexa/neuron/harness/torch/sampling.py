@@ -181,7 +181,6 @@ def _nucleus(weights: Floats, top_p: float) -> NDArray[Any]:
 
 def logprobs_of(row: Floats, token: int, top: int, data: list[bytes]) -> TokenLogprob:
     """Natural logarithms, of the model's own distribution. data: each token's bytes, by id."""
-    row = row[: len(data)]
     best = row.max()
     whole = float(best) + float(np.log(np.exp(row - best, dtype=np.float32).sum(dtype=np.float64)))
     others = tuple(
