@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import queue
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from tests.helpers import safetensors_models as models  # noqa: E402
 from tests.helpers.torch_tokenizers import byte_level  # noqa: E402
 
 from helexa.neuron.harness.torch.engine import Engine  # noqa: E402
-from helexa.neuron.harness.torch.pace import TARGET_S  # noqa: E402
 from helexa.neuron.harness.torch.request import (  # noqa: E402
     Embedded,
     Event,
@@ -37,7 +35,6 @@ from helexa.neuron.harness.torch.shard import LocalRunner, load_shard, whole_mod
 
 GREEDY = Sampling(temperature=0.0)
 CLEAR = 2e-3  # two best logits nearer than this may change places with the shape of a batch
-CANCEL_S = 0.5
 CONTEXT = 2048
 
 
@@ -123,23 +120,19 @@ def test_a_second_turn_from_the_cache_says_what_it_says_anew(smollm2: Model) -> 
     assert_same_answer(logprobs_of(cached), logprobs_of(anew))
 
 
-def test_a_cancel_within_a_long_prefill_is_heard_soon(smollm2: Model) -> None:
+def test_a_cancel_within_a_long_prefill_is_heard_after_the_chunk_at_hand(smollm2: Model) -> None:
+    """How long a chunk takes is for Pace's own tests, and for bench.torch.cancel."""
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     prompt = tuple(range(100, 100 + CONTEXT - 10))
-    for _ in range(2):  # in the first, the pace may still be unknown
-        handle = smollm2.engine.submit(Request(prompt, max_tokens=4, progress=True), events.put)
-        seen = [events.get(timeout=60) for _ in range(3)]
-        assert all(isinstance(e, Progress) for e in seen)
-        asked = time.monotonic()
-        smollm2.engine.cancel(handle)
-        while not isinstance(last := events.get(timeout=60), Finished):
-            pass
-        took = time.monotonic() - asked
-        prompt = tuple(reversed(prompt))
+    handle = smollm2.engine.submit(Request(prompt, max_tokens=4, progress=True), events.put)
+    assert all(isinstance(events.get(timeout=60), Progress) for _ in range(2))
+    smollm2.engine.cancel(handle)
+    late = 0
+    while not isinstance(last := events.get(timeout=60), Finished):
+        late += 1
+    assert late <= 2  # of a step that had ended before, and of the one at hand
     assert last.reason == "cancelled"
-    assert last.timings.prompt_n < len(prompt) - 1
-    # The bound with slack for a machine that does other things too; that of the chunk itself is Pace's to hold.
-    assert took < CANCEL_S + 4 * TARGET_S
+    assert 0 < last.timings.prompt_n < len(prompt)
 
 
 def test_an_answer_is_bound_to_a_schema(smollm2: Model) -> None:

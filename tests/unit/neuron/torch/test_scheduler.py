@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.helpers.torch_steps import Slabs, next_token
 
 from helexa.neuron.harness.torch.blocks import BLOCK, Chain, blocks_for
-from helexa.neuron.harness.torch.scheduler import DECODE, Plan, Scheduler, Sequence
+from helexa.neuron.harness.torch.scheduler import DECODE, TAIL, Plan, Scheduler, Sequence
 
 VOCABULARY = 50
 CONTEXT = 6 * BLOCK
@@ -243,7 +243,7 @@ def test_answers_go_on_in_every_step_beside_a_prefill() -> None:
         plan = world.step()
         assert plan is not None
         assert len(answer.chain) == before + 1, n
-        assert sum(p.count for p in plan.parts if p.count > DECODE) <= 16
+        assert sum(p.count for p in plan.parts if p.count > DECODE) <= 16 + 16 // TAIL
 
 
 def test_both_kinds_take_turns_and_never_share_a_step() -> None:
@@ -303,6 +303,12 @@ def test_two_chains_share_hashes_up_to_where_they_part() -> None:
     assert a.hashes(3 * BLOCK)[:2] == b.hashes(3 * BLOCK)[:2]
     assert a.hashes(3 * BLOCK)[2] != b.hashes(3 * BLOCK)[2]
     assert len(a.hashes(3 * BLOCK - 1)) == 2
+
+
+def test_the_short_end_of_a_prompt_is_no_step_of_its_own() -> None:
+    world = World(chunk=32)
+    world.add([1] * (32 + 40), 1)
+    assert [sum(p.count for p in plan.parts) for plan in iter(world.step, None) if plan] == [32, 40]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])

@@ -7,7 +7,7 @@ from typing import Final
 
 TARGET_S: Final = 0.25  # of a step; a cancel has to be heard within 0.5 s
 BESIDE_ANSWERS: Final = 0.5  # of that, where answers wait for it
-LEAST: Final = 16  # tokens; below, a step is mostly the reading of the weights
+LEAST: Final = 32  # tokens; below some 20, a step on a CPU is mostly the reading of the weights
 FIRST: Final = 32  # before anything is measured: 0.4 s where 80 tokens a second are computed
 WEIGHT: Final = 0.5  # of the newest measurement, where it is the faster one; a slower one counts at once
 

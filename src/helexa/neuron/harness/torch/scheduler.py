@@ -16,6 +16,7 @@ from helexa.neuron.harness.torch.blocks import BLOCK, Chain, Pool, Slab
 from helexa.neuron.harness.torch.step import Copy, Row, Step
 
 AHEAD: Final = 256  # tokens of an answer for which there is room from the beginning, if memory is free
+TAIL: Final = 4  # a chunk may be longer by this part of it, where that ends a prompt
 DECODE: Final = 8  # a row of at most so many tokens is taken for a step of an answer, outside the chunk
 
 
@@ -102,7 +103,8 @@ class Scheduler:
         1. Who is at its answer gets room for its next tokens; the youngest is preempted where there is none.
         2. Who waits is let in, by arrival, while there are rows and room.
         3. The chunk is dealt out: half to who waited longest, the rest to who needs least, so that a short prompt
-           does not wait for a long one, nor a long one for ever.
+           does not wait for a long one, nor a long one for ever. A short end of a prompt comes with it, for it would
+           take a whole step of its own.
         """
         if not self.running and not self.waiting:
             return None
@@ -209,10 +211,13 @@ class Scheduler:
         shares[oldest] = min(oldest.pending, max(1, left // 2))
         left -= shares[oldest]
         for sequence in sorted(prefills, key=lambda s: s.pending):
-            more = min(left, sequence.pending - shares.get(sequence, 0))
+            if left <= 0:
+                break
+            rest = sequence.pending - shares.get(sequence, 0)
+            more = rest if rest <= left + self.chunk // TAIL else left
             shares[sequence] = shares.get(sequence, 0) + more
             left -= more
-        return answers + [(s, n) for s in prefills if (n := shares[s]) > 0]
+        return answers + [(s, n) for s in prefills if (n := shares.get(s, 0)) > 0]
 
     def _part(self, sequence: Sequence, count: int) -> Part:
         if sequence.every:

@@ -1,0 +1,1 @@
+"""The torch engine by itself: no server, no daemon."""
