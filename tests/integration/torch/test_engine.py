@@ -121,7 +121,7 @@ def test_a_second_turn_from_the_cache_says_what_it_says_anew(smollm2: Model) -> 
 
 
 def test_a_cancel_within_a_long_prefill_is_heard_after_the_chunk_at_hand(smollm2: Model) -> None:
-    """How long a chunk takes is for Pace's own tests, and for bench.torch.cancel."""
+    """How long a chunk takes is for Pace's own tests, and for bench.torch_engine.cancel."""
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     prompt = tuple(range(100, 100 + CONTEXT - 10))
     handle = smollm2.engine.submit(Request(prompt, max_tokens=4, progress=True), events.put)

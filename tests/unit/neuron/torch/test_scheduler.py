@@ -99,6 +99,8 @@ class World:
             n for n, slab in pool.slabs.items() if slab.busy
         }
         assert len(self.scheduler.running) <= self.scheduler.rows
+        for queue in (self.scheduler.running, self.scheduler.waiting):
+            assert queue == sorted(queue)
         for value, holders in pool._index.items():
             assert holders
             for number, slab in holders.items():
@@ -209,6 +211,18 @@ def test_a_preempted_sequence_gives_way_to_no_later_one() -> None:
     assert waited
     world.run()
     assert set(world.finished) == {first, second, third}
+
+
+def test_one_that_finds_no_room_is_not_overtaken() -> None:
+    world = World(kv_tokens=CONTEXT)
+    first = world.add([1] * (3 * BLOCK), 60)
+    world.step()
+    large, small = world.add([2] * (5 * BLOCK), 1), world.add([3] * 10, 1)
+    while first not in world.finished:
+        world.step()
+        assert first in world.finished or small.slab is None
+    world.run()
+    assert set(world.finished) == {first, large, small}
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:

@@ -1,6 +1,6 @@
 """What the prefix cache gives a conversation: the time to the first token of its second turn.
 
-    python -m bench.torch.prefix [--rounds 7] [--conversation 1000] [--answer 64] [--message 32] [--model FOLDER]
+    python -m bench.torch_engine.prefix [--rounds 7] [--conversation 1000] [--answer 64] [--message 32] [--model FOLDER]
 
 Each round has a conversation of its own. "first turn": none of it was ever computed. "second turn": the same
 conversation, the answer to it, and a new message. "uncached alone": a prompt of just as many tokens as the second turn
@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 
 from bench.measure import Others, spread, table
-from bench.torch.opened import Answer, Opened, arguments
+from bench.torch_engine.opened import Answer, Opened, arguments
 from helexa.neuron.harness.torch.request import Request, Sampling
 
 GREEDY = Sampling(temperature=0.0)

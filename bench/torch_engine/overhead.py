@@ -1,6 +1,6 @@
 """What the engine itself takes beside the model: planning, sampling, text and events, per step.
 
-    python -m bench.torch.overhead [--rounds 3] [--streams 1,8] [--tokens 48] [--model FOLDER]
+    python -m bench.torch_engine.overhead [--rounds 3] [--streams 1,8] [--tokens 48] [--model FOLDER]
 
 "own" is processor time of the engine's thread outside the runner; "step" is the time within it. Streams decode at once.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 
 from bench.measure import Others, spread, table
-from bench.torch.opened import Opened, arguments
+from bench.torch_engine.opened import Opened, arguments
 from helexa.neuron.harness.torch.request import Grammar, Request, Sampling
 
 KINDS = {

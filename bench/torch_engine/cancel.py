@@ -1,6 +1,6 @@
 """How soon a cancel is heard while a long prompt is computed.
 
-    python -m bench.torch.cancel [--rounds 20] [--prompt 1900] [--model FOLDER]
+    python -m bench.torch_engine.cancel [--rounds 20] [--prompt 1900] [--model FOLDER]
 
 The cancel comes at a moment drawn at random within the prefill; the time is from there to the request's last event.
 """
@@ -13,7 +13,7 @@ import time
 from itertools import pairwise
 
 from bench.measure import Others, spread, table
-from bench.torch.opened import Opened, arguments
+from bench.torch_engine.opened import Opened, arguments
 from helexa.neuron.harness.torch.request import Event, Finished, Progress, Request
 
 
