@@ -4,7 +4,8 @@
 
 Each round has a conversation of its own. "first turn": none of it was ever computed. "second turn": the same
 conversation, the answer to it, and a new message. "uncached alone": a prompt of just as many tokens as the second turn
-had to compute, with nothing before them. Ratios are taken within a round.
+had to compute, with nothing before them, so that they attend to themselves only. "in their place": the model's own time
+for the second turn's tokens, behind those of the first. Ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ def main() -> None:
 
     turn(opened.words(given.conversation, rng), 8)  # warms up, and finds the pace
     turn(opened.words(given.conversation, rng), 8)
-    firsts, seconds, alones, computed, busy = [], [], [], [], []
+    firsts, seconds, alones, places, computed, busy = [], [], [], [], [], []
     for _ in range(given.rounds):
         others = Others([])
         conversation = opened.words(given.conversation, rng)
         first = turn(conversation, given.answer)
+        before = opened.engine.costs.computed_s
         second = turn((*conversation, *first.tokens, *opened.words(given.message, rng)), 1)
+        places.append((opened.engine.costs.computed_s - before) * 1e3)
         alone = turn(opened.words(second.finished.timings.prompt_n, rng), 1)
         firsts.append(first.first_s * 1e3)
         seconds.append(second.first_s * 1e3)
@@ -52,6 +55,7 @@ def main() -> None:
             ["first turn", spread(firsts), str(given.conversation)],
             ["second turn", spread(seconds), spread(computed, 0)],
             ["uncached alone", spread(alones), spread(computed, 0)],
+            ["uncached in their place", spread(places), spread(computed, 0)],
         ],
     )
     print()
@@ -60,6 +64,7 @@ def main() -> None:
         [
             ["second turn / first turn", spread([b / a for a, b in zip(firsts, seconds, strict=True)], 3), "0.2"],
             ["second turn / uncached alone", spread([b / c for b, c in zip(seconds, alones, strict=True)], 3), "1.3"],
+            ["second turn / in their place", spread([b / p for b, p in zip(seconds, places, strict=True)], 3), ""],
         ],
     )
 
