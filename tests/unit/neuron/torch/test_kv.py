@@ -18,13 +18,13 @@ def test_slabs_take_no_more_than_the_scheduler_counts_and_keep_their_tokens(seed
     rng = random.Random(seed)
     kv_tokens = 12 * BLOCK
     slabs = Slabs(1, 1, 1, torch.float32, torch.device("cpu"))
-    scheduler = Scheduler(rows=3, chunk=50, kv_tokens=kv_tokens, ahead=8)
+    scheduler = Scheduler(rows=3, chunk=50, kv_tokens=kv_tokens, context=5 * BLOCK, ahead=8)
     ends: dict[Sequence, int] = {}
     for n in range(200):
         if n % 4 == 0 and n < 80:
             prompt = [i % 50 for i in range(rng.choice([10, 100, 150]))] + [rng.randrange(50) for _ in range(40)]
             answer = rng.choice([1, 30, 120])
-            ends[scheduler.add(prompt, answer=answer)] = len(prompt) + answer
+            ends[scheduler.add(prompt)] = len(prompt) + answer
         plan = scheduler.plan()
         if plan is None:
             continue

@@ -49,13 +49,13 @@ class World:
     """A scheduler, the slabs it rules, and greedy answers."""
 
     def __init__(self, *, rows: int = 4, chunk: int = 64, kv_tokens: int = CONTEXT, ahead: int = 8) -> None:
-        self.scheduler = Scheduler(rows=rows, chunk=chunk, kv_tokens=kv_tokens, ahead=ahead)
+        self.scheduler = Scheduler(rows=rows, chunk=chunk, kv_tokens=kv_tokens, context=CONTEXT, ahead=ahead)
         self.slabs = Slabs(kv_tokens)
         self.ends: dict[Sequence, int] = {}
         self.finished: list[Sequence] = []
 
     def add(self, prompt: list[int], answer: int, *, hidden: bool = False) -> Sequence:
-        sequence = self.scheduler.add(prompt, answer=0 if hidden else answer, hidden=hidden)
+        sequence = self.scheduler.add(prompt, hidden=hidden)
         self.ends[sequence] = len(prompt) + answer
         return sequence
 
@@ -143,6 +143,19 @@ def test_a_second_turn_goes_on_from_the_first_ones_answer() -> None:
     second = world.add([*first.chain.tokens, 1, 2, 3], 4)
     world.run()
     assert second.cached == 80 + 30 - 1  # the last token of an answer is never computed
+
+
+def test_a_second_turn_finds_room_in_the_slab_it_takes_over() -> None:
+    world = World(kv_tokens=2 * CONTEXT, ahead=2 * BLOCK)
+    first = world.add(list(range(40)) * 2, 30)
+    plan = world.step()
+    assert plan is not None
+    room = plan.step.rows[0].room
+    world.run()
+    world.add([*first.chain.tokens, 1, 2, 3], 1)
+    plan = world.step()
+    assert plan is not None
+    assert plan.step.rows[0].room == room  # so it is not moved
 
 
 def test_answers_to_one_prompt_compute_it_once() -> None:
@@ -272,8 +285,8 @@ def test_both_kinds_take_turns_and_never_share_a_step() -> None:
 
 
 def test_an_embedding_of_every_token_wants_all_of_its_chunks() -> None:
-    scheduler = Scheduler(rows=1, chunk=16, kv_tokens=CONTEXT)
-    sequence = scheduler.add([1] * 40, answer=0, hidden=True, every=True)
+    scheduler = Scheduler(rows=1, chunk=16, kv_tokens=CONTEXT, context=CONTEXT)
+    sequence = scheduler.add([1] * 40, hidden=True, every=True)
     wanted = 0
     while sequence.pending:
         plan = scheduler.plan()

@@ -109,7 +109,9 @@ class Engine:
         self._known = min(limits.vocabulary, len(self.vocabulary.data))  # ids that the model and the tokenizer know
         self._runner, self._eos, self._on_failed = runner, frozenset(eos), on_failed
         self._grammars = Grammars(tokenizer, self._known, eos)
-        self._scheduler = Scheduler(rows=limits.rows, chunk=limits.chunk, kv_tokens=limits.kv_tokens)
+        self._scheduler = Scheduler(
+            rows=limits.rows, chunk=limits.chunk, kv_tokens=limits.kv_tokens, context=limits.context
+        )
         self._pace = Pace(limits.chunk)
         self._handles: dict[Sequence, Handle] = {}
         # Under the lock: what other threads leave for the engine's.
@@ -225,8 +227,7 @@ class Engine:
         for handle in inbox:
             hidden = handle.request.pooling is not None
             every = handle.request.pooling == "mean"
-            answer = 0 if hidden else handle.most
-            handle.sequence = self._scheduler.add(handle.request.prompt, answer=answer, hidden=hidden, every=every)
+            handle.sequence = self._scheduler.add(handle.request.prompt, hidden=hidden, every=every)
             self._handles[handle.sequence] = handle
         for handle in cancels:
             handle.cancelled = True

@@ -15,7 +15,7 @@ from typing import Final
 from helexa.neuron.harness.torch.blocks import BLOCK, Chain, Pool, Slab
 from helexa.neuron.harness.torch.step import Copy, Row, Step
 
-AHEAD: Final = 256  # tokens of an answer for which there is room from the beginning, if memory is free
+AHEAD: Final = 256  # tokens for which a slab has more room than its prompt takes: the answer, and a next turn
 TAIL: Final = 4  # a chunk may be longer by this part of it, where that ends a prompt
 DECODE: Final = 8  # a row of at most so many tokens is taken for a step of an answer, outside the chunk
 
@@ -26,7 +26,6 @@ class Sequence:
 
     number:  grows with each arrival
     prompt:  tokens of the prompt
-    most:    tokens that prompt and answer may come to
     hidden:  hidden states are wanted, not logits; every: of each token, else of the last
     done:    tokens whose keys and values its slab holds; meaningless while it waits
     cached:  of its prompt when it was first let in; None before
@@ -35,7 +34,6 @@ class Sequence:
     number: int
     chain: Chain
     prompt: int
-    most: int
     hidden: bool = False
     every: bool = False
     slab: Slab | None = None
@@ -75,10 +73,11 @@ class Plan:
 
 
 class Scheduler:
-    """add, plan, done, (append | finish), plan, ... chunk: prompt tokens per step; may be changed between plans."""
+    """add, plan, done, (append | finish), plan, ... chunk: prompt tokens per step; may be changed between plans.
+    context: tokens that a sequence comes to at most."""
 
-    def __init__(self, *, rows: int, chunk: int, kv_tokens: int, ahead: int = AHEAD) -> None:
-        self._ahead = ahead
+    def __init__(self, *, rows: int, chunk: int, kv_tokens: int, context: int, ahead: int = AHEAD) -> None:
+        self._context, self._ahead = context, ahead
         self.rows = rows
         self.chunk = chunk
         self.pool = Pool(kv_tokens)
@@ -88,12 +87,9 @@ class Scheduler:
         self._arrivals = 0
         self._hidden = False  # of the last step, where both kinds are there
 
-    def add(
-        self, prompt: tuple[int, ...] | list[int], *, answer: int, hidden: bool = False, every: bool = False
-    ) -> Sequence:
-        """answer: the most tokens that will be appended."""
+    def add(self, prompt: tuple[int, ...] | list[int], *, hidden: bool = False, every: bool = False) -> Sequence:
         self._arrivals += 1
-        sequence = Sequence(self._arrivals, Chain(prompt), len(prompt), len(prompt) + answer, hidden, every)
+        sequence = Sequence(self._arrivals, Chain(prompt), len(prompt), hidden, every)
         self.waiting.append(sequence)
         return sequence
 
@@ -155,7 +151,7 @@ class Scheduler:
         while at < len(self.running):
             sequence = self.running[at]
             assert sequence.slab is not None
-            if self.pool.grow(sequence.slab, len(sequence.chain), sequence.most):
+            if self.pool.grow(sequence.slab, len(sequence.chain), self._context):
                 at += 1
                 continue
             youngest = self.running.pop()  # perhaps this very one
@@ -172,7 +168,7 @@ class Scheduler:
                 continue
             # So that those who run can take a block more before one has to go again.
             spare = len(self.running) + 1 if self.running else 0
-            ahead = min(sequence.most, len(sequence.chain) + self._ahead)
+            ahead = 0 if sequence.hidden else min(self._context, len(sequence.chain) + self._ahead)
             opened = self.pool.open(sequence.chain, room=ahead, spare=spare, cache=not sequence.hidden)
             if opened is None:
                 opened = self.pool.open(sequence.chain, spare=spare, cache=not sequence.hidden)
