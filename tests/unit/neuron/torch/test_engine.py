@@ -40,6 +40,7 @@ from helexa.neuron.harness.torch.request import (  # noqa: E402
     Sampling,
     Text,
 )
+from helexa.neuron.harness.torch.scheduler import Plan  # noqa: E402
 from helexa.neuron.harness.torch.step import Step, StepFailed  # noqa: E402
 
 TOKENIZER = kinds.byte_level()
@@ -338,6 +339,15 @@ def test_a_runner_that_fails_fails_all_with_its_reason(start: Start) -> None:
     assert runner.closed == 1
     with pytest.raises(UpstreamError, match="rank 1 is gone"):
         engine.submit(Request((1,)), lambda event: None)
+
+
+def test_an_engine_in_which_nothing_can_move_fails_rather_than_turns_in_a_circle(start: Start) -> None:
+    reasons: list[str] = []
+    engine, _ = start(on_failed=reasons.append)
+    engine._scheduler.plan = lambda: Plan(Step([]), [])  # type: ignore[method-assign]
+    assert "no request can go on" in str(Told(engine, Request((1,))).error)
+    engine._thread.join(WAIT_S)
+    assert len(reasons) == 1
 
 
 def test_a_want_of_memory_is_met_by_a_smaller_budget(start: Start) -> None:

@@ -205,8 +205,10 @@ class Engine:
 
     def _run(self) -> None:
         reason = f"{self.name} is being unloaded"
-        while self._await_work():
+        while True:
             try:
+                if not self._await_work():
+                    break
                 began = time.thread_time()
                 self._step()
                 self.costs.own_s += time.thread_time() - began
@@ -241,6 +243,8 @@ class Engine:
         plan = self._scheduler.plan()
         if plan is None:
             return
+        if not plan.parts:
+            raise RuntimeError("no request can go on: memory for a whole context is not there")
         began = time.monotonic()
         for sequence in plan.admitted:
             handle = self._handles[sequence]
