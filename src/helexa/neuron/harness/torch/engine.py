@@ -210,8 +210,8 @@ class Engine:
                 if not self._await_work():
                     break
                 began = time.thread_time()
-                self._step()
-                self.costs.own_s += time.thread_time() - began
+                computed_s = self._step()
+                self.costs.own_s += time.thread_time() - began - computed_s
             except Exception as err:  # StepFailed, or a fault of ours: nothing that is left can be relied on
                 reason = str(err) or type(err).__name__
                 log.exception("%s can go no further", self.name)
@@ -237,12 +237,12 @@ class Engine:
             self._finish(handle, "cancelled")
         return not closing
 
-    def _step(self) -> None:
-        """Plan, compute, and hand out what came of it."""
+    def _step(self) -> float:
+        """Plan, compute, and hand out what came of it. Returns the processor time of this thread in the runner."""
         self._scheduler.chunk = self._pace.chunk(answers=any(h.tokens for h in self._handles.values()))
         plan = self._scheduler.plan()
         if plan is None:
-            return
+            return 0.0
         if not plan.parts:
             raise RuntimeError("no request can go on: memory for a whole context is not there")
         began = time.monotonic()
@@ -255,14 +255,15 @@ class Engine:
             answers = self._runner.step(plan.step)
         except MemoryError as err:
             self._shrink(err)
-            return
+            return time.thread_time() - before
         took = time.monotonic() - began
-        self.costs.own_s -= time.thread_time() - before
+        computed_s = time.thread_time() - before
         self.costs.computed_s += took
         self._scheduler.done(plan)
         self._pace.saw(plan.prefill, took)
         self.costs.steps += 1
         self._hand_out(plan, answers)
+        return computed_s
 
     def _hand_out(self, plan: Plan, answers: Any) -> None:
         """HOT. answers: the runner's, a row for each that was wanted."""
