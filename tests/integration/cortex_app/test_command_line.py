@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import pty
+import resource
 import select
 import subprocess
 import sys
@@ -58,13 +59,14 @@ async def ask(gateway: Gateway, *arguments: str, stdin: str = "") -> Done:
 
 def test_help_is_there_at_once() -> None:
     cortex_command("--help")  # what Python compiles once is compiled
-    began = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = cortex_command("--help")
-    took_s = time.monotonic() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert done.code == 0
     assert all(command in done.out for command in ("serve", "up", "status", "chat", "load", "unload", "check"))
-    # The promise is 0.3 s on an idle machine; a busy one may take four times that.
-    assert took_s < 1.2
+    # Of the processor, which others' work lengthens less: the promise is 0.3 s on an idle machine.
+    assert took_s < 0.9
 
 
 def test_the_version_is_told() -> None:
