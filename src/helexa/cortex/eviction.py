@@ -3,9 +3,10 @@
 A model's score says how dear it is to lose; the lowest goes first, and the sum over a plan's victims is its price, by
 which placement compares nodes. What is pinned, in use, younger than its minimum residency or not settled never goes.
 
-Measured (docs/explanation/placement.md): score = (uses / idle seconds) ** 1/4, uses a count that halves every four
-hours, makes 0.82 to 0.96 of the loads of LRU. The root says how nodes compare, where victims are summed: the square
-root's loads are some hundredths more. Weighting with size or load time makes more loads, not fewer.
+Measured (docs/explanation/placement.md): score = (uses x size / idle seconds) ** 1/4, uses a count that halves every
+four hours. The root says how nodes compare, where victims are summed: the square root's loads are some hundredths more.
+Without the size the loads are some hundredths fewer, and take longer, so that more is waited: what is large is slow to
+come back. Weighting with more than the size makes more loads.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from math import exp2, sqrt
 from typing import Final
 
 import msgspec
+from msgspec.structs import force_setattr
 
 from helexa.core.lifecycle import ModelStatus
 
 HALF_LIFE_S: Final = 4 * 3600.0  # of the count of uses; 1 h to 24 h give the same
 MOST_RESIDENCY_S: Final = 15.0  # a flat minute makes waiting 1.6 times as long where many models share a node
+BASE_MB: Final = 2048  # a load's fixed part, as size: two seconds at 1 GB/s
 _LEAST_IDLE_S: Final = 1e-3  # two models idle since the same moment still differ by their uses
 
 
@@ -30,7 +33,7 @@ class Resident(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
     A msgspec Struct and no dataclass, because a view of 1,000 nodes makes thousands of them (0.3 us against 3 us each).
 
-    memory_mb:       by device
+    memory_mb:       by device; mb: in all, which follows from it
     in_use:          requests that run there; queued: that wait at the node
     uses, uses_at:   the model's decayed count of requests, as of uses_at (`Usage`)
     last_used:       the begin or the end of a request, whichever was last; loaded_at where there was none
@@ -52,6 +55,10 @@ class Resident(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     priority: int = 0
     copies: int = 1
     ttl_s: float | None = None
+    mb: int = 0
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "mb", sum(self.memory_mb.values()))  # asked for far more often than it is made
 
     @property
     def is_busy(self) -> bool:
@@ -100,7 +107,8 @@ def adaptive(resident: Resident, now: float) -> float:
     # HOT: once for each resident of a full fleet. `decayed` is written out here.
     idle_s = now - resident.last_used
     uses = resident.uses * exp2((resident.uses_at - now) / HALF_LIFE_S)
-    return sqrt(sqrt(uses / (idle_s if idle_s > _LEAST_IDLE_S else _LEAST_IDLE_S)))
+    worth = uses * (resident.mb + BASE_MB)
+    return sqrt(sqrt(worth / (idle_s if idle_s > _LEAST_IDLE_S else _LEAST_IDLE_S)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +187,7 @@ def candidates(
         Victim(r, policy.price(r, now)) for r in residents if why_kept(r, policy, priority, now, drain=drain) is None
     ]
     if len(found) > 1:
-        found.sort(key=lambda v: (v.price, -sum(v.resident.memory_mb.values()), v.resident.model))
+        found.sort(key=lambda v: (v.price, -v.resident.mb, v.resident.model))
     return found
 
 

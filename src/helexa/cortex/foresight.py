@@ -307,7 +307,7 @@ def described(plan: Plan, views: Iterable[NodeView], policy: Policy, now: float)
             OneVictim(
                 model=name,
                 score=policy.price(resident, now)[1],
-                mb=sum(resident.memory_mb.values()),
+                mb=resident.mb,
                 idle_s=round(max(0.0, now - resident.last_used), 1),
                 uses=round(resident.uses, 3),
                 copies=resident.copies,

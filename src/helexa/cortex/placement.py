@@ -13,13 +13,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 from math import ceil, inf
-from typing import Final, TypeAlias
+from typing import Final
 
+from helexa.core.lifecycle import ModelStatus
 from helexa.cortex import eviction
 from helexa.cortex.eviction import FREE, Kept, Policy, Price, Resident
 from helexa.cortex.plans import Bar, DeviceView, Need, NodeView, NoPlan, Order, Plan, Reason, Wanted
 
 ALIVE: Final = ("up", "suspect")
+_LOADED: Final = ModelStatus.LOADED
 _NO_RANK: Final = 2**31
 
 
@@ -50,22 +52,20 @@ def plan(
             if (best is None or order < best.order) and _bar(node, wanted) is None:
                 best = _plan(node, wanted, seat, [], order)
     bounds: list[tuple[bool, bool, Price, int]] = []
-    scored: dict[int, list[_Scored]] = {}
+    tight: set[int] = set()
     for at, node in enumerate(full):
         last = _lasts(node, wanted)
         if best is None or (*last, FREE) < best.order[:3]:
-            scores: list[_Scored] = []
-            cheapest = _cheapest(node, wanted, policy, now, scores, drain=drain)
+            cheapest = _cheapest(node, wanted, policy, now, drain=drain)
             if cheapest is not None:
                 bounds.append((*last, cheapest, at))
-                scored[at] = scores
     heapify(bounds)
     while bounds and (best is None or bounds[0][:3] <= best.order[:3]):
         suspect, fetches, cheapest, at = heappop(bounds)
-        if at in scored:
-            bound = _bound(full[at], wanted, cheapest, scored.pop(at))
-            if bound is not None:
-                heappush(bounds, (suspect, fetches, bound, at))
+        if at not in tight:
+            tight.add(at)
+            bound = _bound(full[at], wanted, policy, now, cheapest, drain=drain)
+            heappush(bounds, (suspect, fetches, bound, at))
             continue
         found = _by_evicting(full[at], wanted, policy, now, drain=drain)
         weighed += 1
@@ -76,60 +76,59 @@ def plan(
     return replace(best, weighed=weighed)
 
 
-_Scored: TypeAlias = tuple[float, Resident]
-
-
-def _cheapest(
-    node: NodeView, wanted: Wanted, policy: Policy, now: float, scores: list[_Scored], *, drain: bool
-) -> Price | None:
-    """What the cheapest victim of a full node costs; None: nothing may go, or the node is barred. scores: gets all that
-    may go."""
-    # HOT, once per resident of the fleet: the first test is why_kept's usual answer, without the call.
-    need = _need(node, wanted)
+def _cheapest(node: NodeView, wanted: Wanted, policy: Policy, now: float, *, drain: bool) -> Price | None:
+    """What the cheapest victim of a full node costs; None: the node is barred, or not even all that may go make
+    room."""
+    # HOT, once per resident of the fleet: the tests are why_kept's, without the call.
+    need = wanted.need_on.get(node.name, wanted.need)
     if need is None or node.name in wanted.avoid:
         return None
-    total_mb = 0
+    whole = need.total_mb
+    total_mb = room_mb = 0
     for d in node.devices:
-        total_mb += d.total_mb or 0
-    if total_mb < need.total_mb:
+        if d.total_mb is not None:
+            total_mb += d.total_mb
+        if d.free_mb is not None and d.free_mb > d.reserved_mb:
+            room_mb += d.free_mb - d.reserved_mb
+    if total_mb < whole:
         return None
-    least_rank, least_score = _NO_RANK, inf
-    score_of, by_class, model, priority = policy.score, policy.by_class, wanted.model, wanted.priority
+    movable: list[Resident] = []
+    model, by_class, priority = wanted.model, policy.by_class, wanted.priority
     for r in node.residents:
         if r.model == model:
             return None
-        if r.in_use and not drain:
+        if ((r.in_use or r.queued) and not drain) or r.pinned or r.state is not _LOADED:
             continue
-        if eviction.why_kept(r, policy, priority, now, drain=drain) is None:
-            score = 0.0 if r.copies > 1 else score_of(r, now)  # as Policy.price has it
-            scores.append((score, r))
-            if score < least_score:
-                least_score = score
-            if by_class:
-                least_rank = min(least_rank, r.priority)
-    if least_score == inf:
+        if now >= r.loaded_at + r.min_residency_s and not (by_class and r.priority > priority):
+            movable.append(r)
+            room_mb += r.mb
+    if room_mb < whole or not movable:
         return None
+    least_rank, least_score, score_of = _NO_RANK, inf, policy.score
+    for r in movable:
+        score = 0.0 if r.copies > 1 else score_of(r, now)  # as Policy.price has it
+        if score < least_score:
+            least_score = score
+        if by_class and r.priority < least_rank:
+            least_rank = r.priority
     return least_rank if by_class else 0, least_score
 
 
-def _bound(node: NodeView, wanted: Wanted, cheapest: Price, scores: Iterable[_Scored]) -> Price | None:
-    """HOT. A price that no plan for this full node is below: the missing memory at the rate of the victim that gives
-    most for its score, where that is more than the cheapest victim. None: not even all of them make room."""
-    need = _need(node, wanted)
-    if need is None:
-        return None
-    missing, held, rate = need.total_mb, 0, inf
+def _bound(node: NodeView, wanted: Wanted, policy: Policy, now: float, cheapest: Price, *, drain: bool) -> Price:
+    """A price that no plan for this full node is below: the missing memory at the rate of the victim that gives
+    most for its score, where that is more than the cheapest victim."""
+    need = wanted.need_on.get(node.name, wanted.need)
+    assert need is not None
+    missing, rate = need.total_mb, inf
     for d in node.devices:
         missing -= d.room_mb
-    for score, r in scores:
-        mb = sum(r.memory_mb.values())
-        held += mb
-        if score < rate * mb:
-            rate = score / mb
-    if held < missing:
-        return None
+    for r in node.residents:
+        if eviction.why_kept(r, policy, wanted.priority, now, drain=drain) is None:
+            score = policy.price(r, now)[1]
+            if score < rate * r.mb:
+                rate = score / r.mb
     # rounded down a little: a sum of floats may come out below what is at least its value
-    return cheapest[0], max(cheapest[1], missing * rate * (1 - 1e-9))
+    return cheapest[0], max(cheapest[1], missing * rate * (1 - 1e-9)) if rate < inf else cheapest[1]
 
 
 def weigh(

@@ -14,6 +14,7 @@ from tests.helpers.loaders import QWEN, Gateway, gateway
 from helexa.core.catalogue import ModelProfile
 from helexa.core.config import Eviction, Loading
 from helexa.core.errors import Conflict, LoadFailed, Overloaded
+from helexa.cortex.eviction import BASE_MB
 
 
 def holding(*models: str, mb: int = 4000, memory_mb: int = 10_000) -> FakeNeuron:
@@ -235,11 +236,11 @@ def test_an_eviction_and_its_load_are_told_with_what_else_was_weighed() -> None:
             load, evict = gate.loader.decisions.last()
         assert (evict.what, evict.model, evict.node, evict.wanted) == ("evict", "cold", "a", "qwen")
         assert (evict.by, evict.requests, evict.waiting) == ("request", ("req-1",), 1)
-        assert evict.price == pytest.approx((1 / 100) ** 0.25, rel=0.05)
+        assert evict.price == pytest.approx((1 * (8000 + BASE_MB) / 100) ** 0.25, rel=0.05)
         assert "on a cold would have to go for it" in evict.why
         assert [w.node for w in evict.weighed] == ["a", "b", "c"]
         assert evict.weighed[1].victims == ("warm",)
-        assert evict.weighed[1].price == pytest.approx((9 / 10) ** 0.25, rel=0.05)
+        assert evict.weighed[1].price == pytest.approx((9 * (8000 + BASE_MB) / 10) ** 0.25, rel=0.05)
         assert "MB even when empty" in (evict.weighed[2].reason or "")
         assert (load.what, load.model, load.node, load.price) == ("load", "qwen", "a", 0.0)
         assert load.requests == ("req-1",)

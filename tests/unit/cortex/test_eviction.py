@@ -154,3 +154,10 @@ def test_only_what_is_idle_for_its_ttl_expires(held: list[Resident]) -> None:
     for r in held:
         due = r.ttl_s is not None and NOW - r.last_used >= r.ttl_s and NOW - r.loaded_at >= r.min_residency_s
         assert (r in gone) == (due and not r.pinned and not r.is_busy and r.state is ModelStatus.LOADED)
+
+
+@pytest.mark.parametrize("name", ["adaptive", "priority"])
+def test_of_two_that_are_used_alike_the_smaller_goes_first(name: str) -> None:
+    small, large, often = resident("small", 2_000), resident("large", 20_000), resident("often", 2_000, uses=10.0)
+    ordered = eviction.candidates([large, often, small], POLICIES[name], 0, NOW)
+    assert [victim.resident.model for victim in ordered] == ["small", "large", "often"]  # a load has a fixed part too
