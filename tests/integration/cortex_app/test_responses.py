@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,21 @@ import pytest
 from tests.helpers.aio import run
 from tests.helpers.fleets_of_fakes import fleet
 from tests.helpers.gateway import SETTINGS, Gateway
-from tests.helpers.published import check_answer, check_event
+from tests.helpers.published import Said
 from tests.helpers.serving_neuron import WORDS, ServingNeuron
 
 from helexa.core import sse
 
 TEXT = "".join(WORDS)
+SAID = Said("openai", "/v1/responses")
 MINE = {"authorization": "Bearer mine"}
 YOURS = {"authorization": "Bearer yours"}
+
+
+@pytest.fixture(autouse=True)
+def _is_as_published() -> Iterator[None]:
+    yield
+    SAID.hold()
 
 
 def asking(**fields: Any) -> dict[str, Any]:
@@ -28,7 +36,7 @@ async def asked(gateway: Gateway, *, headers: dict[str, str] | None = None, **fi
     answer = await gateway.post("/v1/responses", asking(**fields), headers=headers)
     assert answer.status == 200, answer.body
     found: dict[str, Any] = answer.json()
-    check_answer("openai", "/v1/responses", found)
+    SAID.answer(found)
     return found
 
 
@@ -43,7 +51,7 @@ async def streamed(gateway: Gateway, **fields: Any) -> tuple[int, list[dict[str,
         assert event.name is not None, "every event has its name"
     told = [msgspec.json.decode(event.data) for event in events]
     for data in told:
-        check_event("openai", "/v1/responses", data)
+        SAID.event(data)
     return answer.status, told
 
 
