@@ -120,6 +120,38 @@ def one_round(split: str, folder: Path, given: argparse.Namespace) -> dict[str, 
     return out
 
 
+def links(text: str) -> list[tuple[str, float, float]]:
+    parts = [part.split(":") for part in text.split(",")]
+    return [(name, float(us), float(gb_a_s)) for name, us, gb_a_s in parts]
+
+
+def predict(splits: list[str], seen: dict[tuple[str, str, str], list[float]], given: argparse.Namespace) -> None:
+    """The same compute and control with another link between the ranks: a sum of b bytes takes its latency and
+    2 (N - 1) / N b over its bandwidth (a ring), the gather each other rank's part of the vocabulary over it."""
+    from helexa.neuron.harness.torch.families import read_config
+
+    config = read_config(given.folder)
+    rows = []
+    for split in splits:
+        world = int(split.split("x")[0])
+        if world == 1:
+            continue
+        for kind in ["prefill", *(f"decode x{n}" for n in given.rows)]:
+            tokens = given.prefill if kind == "prefill" else int(kind.split("x")[1])
+            answers = 1 if kind == "prefill" else tokens
+            own = {
+                part: statistics.median(seen[kind, split, part]) for part in ("compute", "control", "calls", "quiet")
+            }
+            sum_bytes = tokens * config.hidden * 4
+            gather_bytes = answers * config.vocabulary * 4 * (world - 1) / world
+            for name, us, gb_a_s in given.links:
+                a_sum_ms = us / 1e3 + 2 * (world - 1) / world * sum_bytes / gb_a_s / 1e6
+                gather_ms = us / 1e3 + gather_bytes / gb_a_s / 1e6
+                ms = own["compute"] + own["control"] + own["calls"] * a_sum_ms + gather_ms
+                rows.append([kind, split, name, f"{ms:.1f}", f"{100 * (1 - own['compute'] / ms):.1f} %"])
+    table(["step", "ranks x threads", "link", "ms", "of it not compute"], rows)
+
+
 def main() -> None:
     args = argparse.ArgumentParser(prog="python -m bench.tp.steps")
     args.add_argument("folder", type=Path)
@@ -133,6 +165,7 @@ def main() -> None:
         "--shares", type=lambda text: [float(n) for n in text.split(",")], help="by rank; left out: equal"
     )
     args.add_argument("--no-clock", dest="clocked", action="store_false", help="do not clock the collectives")
+    args.add_argument("--links", type=links, default=[], help="NAME:MICROSECONDS:GB_A_SECOND,...: what they would give")
     args.add_argument("--measure", help=argparse.SUPPRESS)
     given = args.parse_args()
     if given.measure:
@@ -157,6 +190,9 @@ def main() -> None:
             rows.append([kind, split, *times, *(f"{ms:.2f}" for ms in cells), f"{calls:.0f}", ratio])
     head = ["step", "ranks x threads", "ms, all", "ms, calm", "compute", "sums", "gather", "control", "calls", "speed"]
     table(head, rows)
+    if given.links:
+        print()
+        predict(splits, seen, given)
 
 
 if __name__ == "__main__":

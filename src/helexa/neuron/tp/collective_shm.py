@@ -28,13 +28,18 @@ from helexa.neuron.tp.comm import Comm
 LINE: Final = 8  # words of 8 bytes: a cache line
 PAGE: Final = 4096
 MOST_RANKS: Final = PAGE // (LINE * 8) - 1
-X86: Final = ("x86_64", "AMD64")
+PLACES: Final = ("Linux x86_64", "Linux AMD64")
 BUFFER: Final = 1 << 20  # bytes a rank and turn; longer tensors go in pieces
 SPINS: Final = 200  # looks before the core is given away; more gains nothing where ranks have cores of their own
 LOOKS_A_CLOCK: Final = 64
 YIELDING_S: Final = 0.002  # from then on it sleeps between looks: on a machine with other work, who spins takes the
 SLEEP_S: Final = 0.00005  # core from whom it waits for, for a whole slice
 VIEWS: Final = 64  # shapes whose tensors are kept; a model's decode has a few, prefill any number
+
+
+def offered(world_size: int, place: str) -> bool:
+    """place: system and machine, as `platform` calls them."""
+    return place in PLACES and world_size <= MOST_RANKS
 
 
 class ShmCollective:
@@ -50,10 +55,11 @@ class ShmCollective:
         ended: threading.Event | None = None,
         buffer: int = BUFFER,
     ) -> None:
-        if platform.machine() not in X86:
-            raise CollectiveUnavailable(f"shm needs x86 and this is {platform.machine()}; use gloo")
-        if world_size > MOST_RANKS:
-            raise CollectiveUnavailable(f"shm is for at most {MOST_RANKS} ranks")
+        if not offered(world_size, f"{platform.system()} {platform.machine()}"):
+            raise CollectiveUnavailable(
+                f"shm is for at most {MOST_RANKS} ranks, on Linux on x86 (this is {platform.system()} on "
+                f"{platform.machine()}); use gloo"
+            )
         import torch
 
         self._torch = torch

@@ -15,7 +15,7 @@ from helexa.neuron.harness.torch.shard import LocalRunner, ShardSpec, load_shard
 from helexa.neuron.harness.torch.step import Row, Runner, Step, StepFailed
 from helexa.neuron.harness.torch.watched import WatchedRunner
 from helexa.neuron.step_watch import StepReport, report_of
-from helexa.neuron.tp.collective_shm import MOST_RANKS, X86
+from helexa.neuron.tp.collective_shm import offered
 from helexa.neuron.tp.leader import Group
 from helexa.neuron.tp.partition import partition, thread_shares
 
@@ -32,7 +32,8 @@ def open_runner(
     if len(shards) == 1:
         runner = LocalRunner(load_shard(shards[0], None, progress))
     else:
-        group = Group(backend_of(spec["devices"]), socket.parent, tuple(spec["device_indices"]))
+        backend = backend_of(spec["devices"], f"{platform.system()} {platform.machine()}")
+        group = Group(backend, socket.parent, tuple(spec["device_indices"]))
         told = [msgspec.to_builtins(shard) for shard in shards]
         runner = load_ranked(told, group, progress=progress, started=report.ranks, on_failed=on_failed)
     watched = WatchedRunner(runner, report)
@@ -60,9 +61,9 @@ def shard_specs(spec: dict[str, Any], config: ModelConfig) -> list[ShardSpec]:
     ]
 
 
-def backend_of(devices: list[str], machine: str | None = None) -> str:
-    """NCCL between GPUs; the ranks of one host's CPU share memory where that backend is offered. machine: as platform
-    calls it; None: this one."""
+def backend_of(devices: list[str], place: str) -> str:
+    """NCCL between GPUs; the ranks of one host's CPU share memory where that backend is offered. place: system and
+    machine, as platform calls them."""
     if devices[0] != "cpu":
         return "nccl"
-    return "shm" if (machine or platform.machine()) in X86 and len(devices) <= MOST_RANKS else "gloo"
+    return "shm" if offered(len(devices), place) else "gloo"
