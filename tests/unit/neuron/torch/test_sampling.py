@@ -75,7 +75,8 @@ def test_what_the_filters_leave_is_what_their_formulas_say(
     got = dict(zip(ids.tolist(), probabilities.tolist(), strict=True))
     want = reference(values, s)
     assert math.isclose(sum(got.values()), 1.0, rel_tol=1e-6)
-    want = {i: p for i, p in want.items() if p > 1e-38}  # the rest is nothing in float32
+    # What is less has no exact number in float32, where it has one at all.
+    got, want = ({i: p for i, p in some.items() if p > 1e-37} for some in (got, want))
     for i in got.keys() ^ want.keys():  # only where rounding decides, at the very edge of a filter
         assert _at_an_edge(values, s), (i, got, want)
     if got.keys() == want.keys():
