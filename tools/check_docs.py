@@ -229,8 +229,14 @@ def _error_classes() -> list[type[Any]]:
     from helexa.core.errors import HelexaError
 
     for module in pkgutil.walk_packages(helexa.__path__, "helexa."):
-        if not module.name.endswith("__main__"):
+        if module.name.endswith("__main__"):
+            continue
+        try:
             importlib.import_module(module.name)
+        except ModuleNotFoundError as err:
+            if err.name is None or err.name.startswith("helexa"):
+                raise
+            # It needs an extra that the checks come without. What callers are told is defined where no engine is.
     found: list[type[Any]] = [HelexaError]
     for cls in found:
         found.extend(cls.__subclasses__())
