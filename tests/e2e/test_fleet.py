@@ -17,6 +17,7 @@ import pytest
 from tests.helpers.gateway import SETTINGS, cortex_process
 from tests.helpers.models import smollm2
 from tests.helpers.neuron_daemon import Daemon, neuron
+from tests.helpers.stopped import stopped
 from tests.helpers.tiny_gguf import Shape, chat_model
 
 pytestmark = pytest.mark.timeout(300)
@@ -151,6 +152,29 @@ def test_a_node_killed_in_the_load_leaves_it_to_another(tmp_path: Path) -> None:
         it.nodes[first].process.kill()
         assert waiting.result().status == 200
         assert it.nodes[1 - first].wait_for(event="model loaded")["model"] == "smollm2"
+
+
+def test_a_node_that_is_cut_off_in_the_load_is_passed_over_and_taken_back_with_what_it_loaded(tmp_path: Path) -> None:
+    models = profile("smollm2", smollm2(), context=1024)
+    with site(tmp_path, models, limits_mb=(1500, 2000)) as it, ThreadPoolExecutor(1) as clients:
+        waiting = clients.submit(it.ask, "smollm2")
+        while not it.loads("smollm2"):
+            assert not waiting.done()
+            time.sleep(0.005)
+        cut = 0 if it.loads_on(0, "smollm2") else 1
+        with stopped(it.nodes[cut].process.pid):  # the daemon; the host goes on
+            assert waiting.result().status == 200
+            assert it.loads_on(1 - cut, "smollm2") == 1
+            it.gateways[0].wait_for(event="node is down", node=f"n{cut}")
+        it.nodes[cut].wait_for(event="model loaded", model="smollm2")
+        both = {"n0", "n1"}
+        deadline = time.monotonic() + 20
+        while not all(node["state"] == "up" for node in it.gateways[0].http.get("/fleet").json()["nodes"]):
+            assert time.monotonic() < deadline
+        while {r["node"] for r in it.gateways[0].http.get("/fleet/plan?model=smollm2").json()["replicas"]} != both:
+            assert time.monotonic() < deadline
+        assert it.ask("smollm2").status == 200
+        assert it.loads("smollm2") == 2
 
 
 def test_two_gateways_on_one_fleet_do_not_fight(tmp_path: Path, two: str) -> None:
