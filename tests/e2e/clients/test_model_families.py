@@ -15,7 +15,7 @@ from tests.helpers import playing_gguf
 from tests.helpers.playing_gguf import TEMPLATE, Turn
 from tests.helpers.stage import Stage
 
-TEMPLATES = Path(__file__).parents[2] / "fixtures" / "templates"
+TEMPLATES = Path(__file__).parents[2] / "fixtures" / "templates" / "cut_down"
 GIVEN = {"path": "greeting.txt", "content": "Grüße 😀"}
 ARGUMENTS = json.dumps(GIVEN, ensure_ascii=False)
 WRITE: Any = {
