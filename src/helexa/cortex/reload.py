@@ -130,7 +130,7 @@ class Reloader:
                 seen = stamp
                 if asked or changed:
                     self._stamp = stamp
-                    await self._read()
+                    await self._read(asked=asked)
             except ConfigError as err:
                 self._not_taken(str(err))
             except Exception as err:  # no thread to be had, a folder that may not be searched, a fault of ours
@@ -141,16 +141,18 @@ class Reloader:
             log.error("the files cannot be taken; the old ones hold", error=error, exc_info=exc_info)
         self.standing.error = error
 
-    async def _read(self) -> None:
+    async def _read(self, *, asked: bool) -> None:
         warned: list[str] = []
         read = await asyncio.to_thread(self._files.read, warned.append)
+        config, before = self._files.config, self.standing.catalogue_path
+        self.standing.catalogue_path = read.catalogue_path
+        if config is not None and _looked_at(config, read.catalogue_path) != _looked_at(config, before):
+            self._stamp = ()  # of a file that was not looked at before it was read, and may be half written
+            if not asked:
+                return
         for warning in warned:
             log.warning(warning)
         changed = self._apply(read)
-        config, before = self._files.config, self.standing.catalogue_path
-        if config is not None and _looked_at(config, read.catalogue_path) != _looked_at(config, before):
-            self._stamp = ()  # of a file that was not looked at before it was read: once more, then it is known
-        self.standing.catalogue_path = read.catalogue_path
         self.standing.error = None
         self.standing.restart_for = waiting(self._settings, read.settings)
         log.info("the files were read again", changed=changed, restart_for=self.standing.restart_for)

@@ -212,6 +212,7 @@ def test_a_catalogue_that_comes_late_is_taken(tmp_path: Path) -> None:
             site.replace(site.config, f"[gateway]\nmodels_config = '{named}'\n{ONE}")
             await site.settled()
             assert "which is not there" in (site.reloader.standing.error or "")
+            named.write_text("")  # an editor begins
             named.write_text('[[models]]\nid = "m"\n')
             assert [m.id for m in (await site.until_applied()).catalogue.models] == ["m"]
 
