@@ -144,6 +144,7 @@ def test_unequal_gpus_together_hold_what_equal_shares_would_not() -> None:
         ({"slots": 257}, "slots", "256"),
         ({"quant": "Q4_K_M"}, "quant", "f32, bf16, f16, int8"),
         ({"kv_cache": "q8_0"}, "kv_cache", "f32"),
+        ({"kv_cache": "f32", "quant": "int8"}, "kv_cache", "bf16"),
         ({"gpu_layers": 4}, "gpu_layers", "torch"),
         ({"draft": "x"}, "draft", "torch"),
         ({"lora": ["x"]}, "lora", "torch"),

@@ -88,7 +88,7 @@ def _dtype(request: LoadRequest, config: ModelConfig, *, on_gpu: bool) -> str:
             param="quant",
         )
     dtype = wanted or _fast_dtype(config, on_gpu=on_gpu)
-    kept = "f32" if dtype == "int8" else dtype
+    kept = "bf16" if dtype == "int8" else dtype
     if request.kv_cache not in (None, kept):
         raise BadRequest(
             f'kv_cache = "{request.kv_cache}": the torch engine keeps what it computes in, {kept}; leave it out',
