@@ -19,8 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from bench.measure import machine, scratch, spread, table
-from helexa.neuron.tp.collective import open_collective
 from helexa.neuron.tp.comm import Comm, read
+from helexa.neuron.tp.rendezvous import open_collective
 
 
 def rank_main(comm_id: str, rank: int, world: int, sizes: list[int], calls: int) -> None:

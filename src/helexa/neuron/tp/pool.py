@@ -17,9 +17,10 @@ import msgspec
 
 from helexa.core import logs
 from helexa.neuron.tp import rpc
-from helexa.neuron.tp.collective import TIMEOUT_S, Collective, CollectiveFailed, open_collective
+from helexa.neuron.tp.collective import TIMEOUT_S, Collective, CollectiveFailed
 from helexa.neuron.tp.comm import Comm
 from helexa.neuron.tp.rank import PoolFailed, Rank
+from helexa.neuron.tp.rendezvous import open_collective
 
 __all__ = ["PoolFailed", "WorkerPool"]
 

@@ -18,8 +18,9 @@ from typing import Final
 from helexa.neuron.freed import give_back_freed
 from helexa.neuron.orphans import die_with, take_stdout
 from helexa.neuron.tp import comm, rpc
-from helexa.neuron.tp.collective import Collective, CollectiveFailed, CollectiveUnavailable, open_collective
+from helexa.neuron.tp.collective import Collective, CollectiveFailed, CollectiveUnavailable
 from helexa.neuron.tp.holder import LOADER, CannotLoad, Holder, NoShard
+from helexa.neuron.tp.rendezvous import open_collective
 
 READ: Final = 1 << 16
 SHOWN: Final = 200  # bytes of a bad line that the log gets
