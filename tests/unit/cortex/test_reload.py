@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
-import resource
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -158,16 +158,13 @@ def a_folder(config: Path) -> Iterator[None]:
 
 @contextmanager
 def no_file_can_be_opened(config: Path) -> Iterator[None]:
-    """EMFILE, until it is over; the file itself is the new one already."""
+    """EMFILE, until it is over; the file itself is the new one already. A limit of the process would hold for the
+    threads that other tests have left behind, too."""
     config.write_text(TWO)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.open(os.devnull, os.O_RDONLY)
-    os.close(free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
-    try:
+    full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_text", Mock(side_effect=full))
         yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @contextmanager
