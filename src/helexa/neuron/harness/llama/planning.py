@@ -32,6 +32,7 @@ from helexa.neuron.harness.llama.profile import (
     Options,
     choose,
 )
+from helexa.neuron.harness.profiles import usable_devices
 
 MAX_UBATCH = 512  # more gains nothing, and the engine's buffers grow with it
 FLOOR_CONTEXT = 2048  # a context that nobody asked for is not cut below this to make it fit
@@ -143,21 +144,8 @@ def _wanted_context(request: LoadRequest, facts: ModelFacts) -> int:
 
 
 def _usable(request: LoadRequest, devices: Sequence[FreeDevice]) -> list[FreeDevice]:
-    """The devices that the profile leaves: GPUs where there are any, else the CPU."""
-    by_index = {device.index: device for device in devices}
-    if request.devices is not None:
-        unknown = [i for i in request.devices if i not in by_index]
-        if unknown or not request.devices or len(set(request.devices)) != len(request.devices):
-            known = ", ".join(str(i) for i in by_index) or "none"
-            message = f"devices = {request.devices} cannot be: each must be named once; this node has {known}"
-            raise BadRequest(message, param="devices")
-        found = [by_index[i] for i in request.devices]
-        if any(d.kind == "cpu" for d in found) and len(found) > 1:
-            raise BadRequest("devices: the CPU cannot be mixed with GPUs; use gpu_layers for that", param="devices")
-    else:
-        found = [d for d in devices if d.kind != "cpu"] or list(devices)
-    if not found:
-        raise BadRequest("this node has no device that could hold a model", param="devices")
+    """The devices that the profile leaves, held to its ranks and shares."""
+    found = usable_devices(request, devices, mixed="; use gpu_layers for that")
     ranks = request.tensor_parallel or 1
     if request.shares is not None:
         shares = request.shares

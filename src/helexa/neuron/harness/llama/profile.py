@@ -13,6 +13,7 @@ from helexa.core.lifecycle import LoadRequest
 from helexa.neuron.harness.base import ModelFacts
 from helexa.neuron.harness.cores import MAX_THREADS, default_threads
 from helexa.neuron.harness.llama.geometry import Geometry
+from helexa.neuron.harness.profiles import within
 
 KV_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 KV_QUANTISED: Final = frozenset({"q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"})
@@ -51,13 +52,13 @@ def choose(request: LoadRequest, facts: ModelFacts, *, on_gpu: bool) -> Options:
     """Raises BadRequest, naming the option, for what is impossible whatever the memory."""
     geometry: Geometry = facts.extra["geometry"]
     pooled = facts.task in ("embed", "rerank")
-    slots = _within("slots", request.slots, 1, MAX_SLOTS, DEFAULT_SLOTS)
-    _within("context", request.context, 1, facts.n_ctx_train, 0, "the context that the model was trained for")
-    _within("gpu_layers", request.gpu_layers, 0, 1 << 20, 0)
-    _within("tensor_parallel", request.tensor_parallel, 1, 16, 1)
-    _within("min_devices", request.min_devices, 1, 16, 1)
-    _within("prompt_cache_mb", request.prompt_cache_mb, 0, 1 << 24, 0)
-    threads = _within("threads", request.threads, 1, MAX_THREADS, 0) or default_threads()
+    slots = within("slots", request.slots, 1, MAX_SLOTS, DEFAULT_SLOTS)
+    within("context", request.context, 1, facts.n_ctx_train, 0, "the context that the model was trained for")
+    within("gpu_layers", request.gpu_layers, 0, 1 << 20, 0)
+    within("tensor_parallel", request.tensor_parallel, 1, 16, 1)
+    within("min_devices", request.min_devices, 1, 16, 1)
+    within("prompt_cache_mb", request.prompt_cache_mb, 0, 1 << 24, 0)
+    threads = within("threads", request.threads, 1, MAX_THREADS, 0) or default_threads()
     kv_type = request.kv_cache or "f16"
     if kv_type not in KV_TYPES:
         raise BadRequest(f'kv_cache = "{kv_type}" is not known; use one of {", ".join(KV_TYPES)}', param="kv_cache")
@@ -79,9 +80,9 @@ def choose(request: LoadRequest, facts: ModelFacts, *, on_gpu: bool) -> Options:
         )
         raise BadRequest(message, param="draft")
     if not pooled:
-        batch = _within("batch", request.batch, MIN_BATCH, 1 << 16, 0) or default_batch(geometry, threads, on_gpu)
+        batch = within("batch", request.batch, MIN_BATCH, 1 << 16, 0) or default_batch(geometry, threads, on_gpu)
     else:
-        batch = _within("batch", request.batch, MIN_BATCH, 1 << 16, 0)
+        batch = within("batch", request.batch, MIN_BATCH, 1 << 16, 0)
     return Options(
         slots=slots,
         kv_type=kv_type,
@@ -91,16 +92,6 @@ def choose(request: LoadRequest, facts: ModelFacts, *, on_gpu: bool) -> Options:
         batch=batch,
         prompt_cache_mb=0 if pooled else request.prompt_cache_mb,
     )
-
-
-def _within(name: str, value: int | None, low: int, high: int, default: int, of_high: str = "") -> int:
-    if value is None:
-        return default
-    if value < low:
-        raise BadRequest(f"{name} = {value} is not possible; it must be at least {low}", param=name)
-    if value > high:
-        raise BadRequest(f"{name} = {value} is more than {of_high or 'is possible'} ({high})", param=name)
-    return value
 
 
 def default_batch(geometry: Geometry, threads: int, on_gpu: bool) -> int:

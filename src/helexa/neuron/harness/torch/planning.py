@@ -15,6 +15,7 @@ from typing import Final
 from helexa.core.errors import BadRequest
 from helexa.core.lifecycle import DeviceEstimate, Estimate, LoadRequest, RankEstimate
 from helexa.neuron.harness.base import FreeDevice, ModelFacts, ModelFiles, Plan
+from helexa.neuron.harness.profiles import usable_devices
 from helexa.neuron.harness.torch.blocks import BLOCK
 from helexa.neuron.harness.torch.config import ModelConfig
 from helexa.neuron.harness.torch.facts import folder_of
@@ -46,7 +47,7 @@ class Fit:
 
 
 def plan(request: LoadRequest, files: ModelFiles, facts: ModelFacts, devices: Sequence[FreeDevice]) -> Plan:
-    usable = _usable(request, devices)
+    usable = usable_devices(request, devices)
     on_gpu = usable[0].kind != "cpu"
     options = choose(request, facts, on_gpu=on_gpu)
     config: ModelConfig = facts.extra["config"]
@@ -86,25 +87,6 @@ def plan(request: LoadRequest, files: ModelFiles, facts: ModelFacts, devices: Se
             "merge_system": request.merge_system,
         },
     )
-
-
-def _usable(request: LoadRequest, devices: Sequence[FreeDevice]) -> list[FreeDevice]:
-    """The devices that the profile leaves, in its order: GPUs where there are any, else the CPU."""
-    by_index = {device.index: device for device in devices}
-    if request.devices is None:
-        found = [device for device in devices if device.kind != "cpu"] or list(devices)[:1]
-    else:
-        unknown = [i for i in request.devices if i not in by_index]
-        if unknown or not request.devices or len(set(request.devices)) != len(request.devices):
-            known = ", ".join(str(i) for i in by_index) or "none"
-            message = f"devices = {request.devices} cannot be: each must be named once; this node has {known}"
-            raise BadRequest(message, param="devices")
-        found = [by_index[i] for i in request.devices]
-        if any(device.kind == "cpu" for device in found) and len(found) > 1:
-            raise BadRequest("devices: the CPU cannot be mixed with GPUs", param="devices")
-    if not found:
-        raise BadRequest("this node has no device that could hold a model", param="devices")
-    return found
 
 
 def _layouts(

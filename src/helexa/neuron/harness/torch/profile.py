@@ -12,6 +12,7 @@ from helexa.core.errors import BadRequest
 from helexa.core.lifecycle import LoadRequest
 from helexa.neuron.harness.base import ModelFacts
 from helexa.neuron.harness.cores import MAX_THREADS, cpu_flags, default_threads
+from helexa.neuron.harness.profiles import within
 from helexa.neuron.harness.torch.config import ModelConfig
 from helexa.neuron.harness.torch.facts import active_parameters
 
@@ -57,10 +58,10 @@ def choose(request: LoadRequest, facts: ModelFacts, *, on_gpu: bool) -> Options:
             raise BadRequest(f"{name} is not supported by the torch engine; leave it out", param=name)
     config: ModelConfig = facts.extra["config"]
     dtype = _dtype(request, config, on_gpu=on_gpu)
-    slots = _within("slots", request.slots, 1, MAX_SLOTS, DEFAULT_SLOTS)
-    _within("context", request.context, 1, facts.n_ctx_train, 0, "the context that the model was trained for")
-    threads = _within("threads", request.threads, 1, MAX_THREADS, 0) or default_threads()
-    chunk = _within("batch", request.batch, 1, 1 << 16, 0) or default_chunk(config, threads, on_gpu=on_gpu)
+    slots = within("slots", request.slots, 1, MAX_SLOTS, DEFAULT_SLOTS)
+    within("context", request.context, 1, facts.n_ctx_train, 0, "the context that the model was trained for")
+    threads = within("threads", request.threads, 1, MAX_THREADS, 0) or default_threads()
+    chunk = within("batch", request.batch, 1, 1 << 16, 0) or default_chunk(config, threads, on_gpu=on_gpu)
     ranks = request.tensor_parallel
     if ranks is None and request.shares is not None:
         ranks = len(request.shares)
@@ -73,7 +74,7 @@ def choose(request: LoadRequest, facts: ModelFacts, *, on_gpu: bool) -> Options:
         threads=threads,
         chunk=chunk,
         prompt_cache_mb=request.prompt_cache_mb or 0,
-        world_size=_within("tensor_parallel", ranks, 1, MAX_RANKS, 1) if ranks is not None else None,
+        world_size=within("tensor_parallel", ranks, 1, MAX_RANKS, 1) if ranks is not None else None,
     )
 
 
@@ -109,13 +110,3 @@ def default_chunk(config: ModelConfig, threads: int, *, on_gpu: bool) -> int:
     tokens = int(STEP_SECONDS * rate / max(active_parameters(config), 1))
     high = MAX_CHUNK if on_gpu else MAX_CHUNK_CPU
     return min(max(tokens - tokens % MIN_CHUNK, MIN_CHUNK), high)
-
-
-def _within(name: str, value: int | None, low: int, high: int, default: int, of_high: str = "") -> int:
-    if value is None:
-        return default
-    if value < low:
-        raise BadRequest(f"{name} = {value} is not possible; it must be at least {low}", param=name)
-    if value > high:
-        raise BadRequest(f"{name} = {value} is more than {of_high or 'is possible'} ({high})", param=name)
-    return value
