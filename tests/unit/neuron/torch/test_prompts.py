@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from tests.helpers.torch_serving import CONTEXT, Letters
 
+from helexa.core.errors import ContextLengthExceeded
 from helexa.neuron.harness import openai_fields as fields
 from helexa.neuron.harness.torch.prompts import Prompts
 
@@ -75,3 +77,16 @@ def test_effort_and_kwargs_reach_the_template() -> None:
     given = shown(Shown(), reasoning_effort="none", chat_template_kwargs={"x": 1})
     assert given["values"] == {"reasoning_effort": "none", "enable_thinking": False, "thinking": False, "x": 1}
     assert shown(Shown(), thinking_budget_tokens=0)["values"] == {"enable_thinking": False, "thinking": False}
+
+
+def test_an_embedding_may_fill_the_context_and_a_completion_needs_room_for_a_token() -> None:
+    prompts = Prompts(Letters(), None, model="tiny", context=CONTEXT, merges_system=False)
+    full = [7] * CONTEXT
+    asked = fields.read_embedding(json.dumps({"input": full}).encode())
+    assert prompts.of_embedding(asked) == [tuple(full)]
+    with pytest.raises(ContextLengthExceeded):
+        prompts.of_embedding(fields.read_embedding(json.dumps({"input": [*full, 7]}).encode()))
+    with pytest.raises(ContextLengthExceeded):
+        prompts.of_completion(
+            fields.read_completion(json.dumps({"prompt": full}).encode(), max_choices=4, context=CONTEXT)
+        )

@@ -99,7 +99,7 @@ class Prompts:
         return [self._within(tokens, "prompt") for tokens in self._each(asked.prompt)]
 
     def of_embedding(self, asked: fields.EmbeddingRequest) -> list[tuple[int, ...]]:
-        return [self._within(tokens, "input") for tokens in self._each(asked.input)]
+        return [self._within(tokens, "input", answer=0) for tokens in self._each(asked.input)]
 
     def _filled_in(self, asked: fields.CompletionRequest) -> tuple[int, ...]:
         """Prompt and suffix as the one text that the model was trained to fill in."""
@@ -125,10 +125,11 @@ class Prompts:
         """special: with what the tokenizer puts before and behind a text (a template writes those itself)."""
         return tuple(self.tokenizer.encode(text, add_special_tokens=special).ids)
 
-    def _within(self, tokens: tuple[int, ...], param: str) -> tuple[int, ...]:
+    def _within(self, tokens: tuple[int, ...], param: str, *, answer: int = 1) -> tuple[int, ...]:
+        """answer: tokens that have to fit behind them."""
         if not tokens:
             raise BadRequest(f"`{param}` has no tokens in it: send some text.", param=param)
-        if len(tokens) >= self._context:
+        if len(tokens) + answer > self._context:
             too_long = ContextLengthExceeded(self._model, len(tokens), self._context)
             too_long.param = param
             raise too_long
